@@ -10,13 +10,13 @@ from luthier.taxonomy import find as method
 from luthier.taxonomy import methods
 
 if TYPE_CHECKING:
+    from luthier.alignment.trainer import trainer
     from luthier.evaluation.evaluate import evaluate
     from luthier.models.loading import load
     from luthier.models.saving import save
     from luthier.recipe.compare import compare
     from luthier.recipe.runner import run
     from luthier.tuning.attach import attach
-    from luthier.alignment.trainer import trainer
 
 __version__ = "0.1.0"
 
@@ -30,7 +30,18 @@ _LAZY = {
     "compare": "luthier.recipe.compare",
 }
 
-__all__ = ["__version__", "attach", "compare", "evaluate", "load", "method", "methods", "run", "save", "trainer"]
+__all__ = [
+    "__version__",
+    "attach",
+    "compare",
+    "evaluate",
+    "load",
+    "method",
+    "methods",
+    "run",
+    "save",
+    "trainer",
+]
 
 
 def __getattr__(name: str) -> Any:

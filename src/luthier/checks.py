@@ -1,8 +1,9 @@
-"""Proofs that run by default. Each leaves one line (when, name, pass, number, tolerance) in the terminal and the report.
+"""Proofs that run by default. Each leaves one line (when, name, pass, number, tolerance) in the terminal
+and the report.
 
-A proof is recorded with `record(...)` from wherever it is made (loading, training, merging, export); the innermost
-`collect()` around it keeps the lines. A failed proof raises `CheckError`: a wrong result is refused, never only
-warned about. The functions that compute the numbers live with what they prove.
+A proof is recorded with `record(...)` from wherever it is made (loading, training, merging, export); the
+innermost `collect()` around it keeps the lines. A failed proof raises `CheckError`: a wrong result is
+refused, never only warned about. The functions that compute the numbers live with what they prove.
 """
 
 import logging

@@ -1,7 +1,7 @@
 """One hierarchy of errors. Each says what was wrong, where, what was expected and what to write instead.
 
-The command line prints a `LuthierError` as one paragraph without traceback and exits with status 2. Each class
-also inherits the standard exception that a Python user would catch.
+The command line prints a `LuthierError` as one paragraph without traceback and exits with status 2. Each
+class also inherits the standard exception that a Python user would catch.
 """
 
 import difflib

@@ -1,8 +1,9 @@
-"""How a method declares its options: `r: int = option(8, "rank of the update", ge=1)` in its `Config` dataclass.
+"""How a method declares its options: `r: int = option(8, "rank of the update", ge=1)` in its `Config`
+dataclass.
 
-The declaration is the only place where an option's default, help and valid range stand. Python reads it as a dataclass
-field; the recipe schema, the command line and the docs read it with `ast`, without importing the method (and
-torch with it), so its arguments must be literals.
+The declaration is the only place where an option's default, help and valid range stand. Python reads it as
+a dataclass field; the recipe schema, the command line and the docs read it with `ast`, without importing
+the method (and torch with it), so its arguments must be literals.
 """
 
 import ast
@@ -110,10 +111,13 @@ def read_options(source: Path | str, class_name: str = "Config") -> list[Option]
 
 
 def _read_option(path: Path, node: ast.AnnAssign) -> Option:
-    assert isinstance(node.value, ast.Call) and isinstance(node.target, ast.Name)
+    assert isinstance(node.value, ast.Call)
+    assert isinstance(node.target, ast.Name)
     try:
         default, help = (ast.literal_eval(argument) for argument in node.value.args)
-        ranges = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.value.keywords if keyword.arg}
+        ranges = {
+            keyword.arg: ast.literal_eval(keyword.value) for keyword in node.value.keywords if keyword.arg
+        }
     except ValueError as error:
         raise MethodError(
             f"{path}:{node.lineno}: option '{node.target.id}' must be written with literals: {error}.",

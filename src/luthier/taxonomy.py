@@ -1,8 +1,9 @@
-"""The tree of methods, read from the folders: `tuning/lowrank/lora.py` is the method `tuning/lowrank/lora`.
+"""The tree of methods, read from the folders: `tuning/lowrank/lora.py` is the method
+`tuning/lowrank/lora`.
 
-Nothing is imported to list, describe or validate: title, paper and advice come from the file's docstring, options from
-its `Config` class, both read with `ast` (torch takes seconds to import; the command line answers at once). The
-module is imported when a method is used.
+Nothing is imported to list, describe or validate: title, paper and advice come from the file's docstring,
+options from its `Config` class, both read with `ast` (torch takes seconds to import; the command line
+answers at once). The module is imported when a method is used.
 
 The docstring of a method file:
 
@@ -72,7 +73,9 @@ class Method:
     def options(self) -> list[Option]:
         """The options of its `Config`, read without importing. Raises MethodError for a broken file."""
         if self.fault:
-            raise MethodError(f"Method '{self.path}' cannot be read: {self.fault}.", fix=f"See {self.source}.")
+            raise MethodError(
+                f"Method '{self.path}' cannot be read: {self.fault}.", fix=f"See {self.source}."
+            )
         return read_options(self.source)
 
     def load(self) -> ModuleType:
@@ -85,7 +88,8 @@ class Method:
             return importlib.import_module(self.module) if self.module else _import_file(self.source)
         except Exception as error:
             raise MethodError(
-                f"Method '{self.path}' fails to import: {type(error).__name__}: {error}.", fix=f"See {self.source}."
+                f"Method '{self.path}' fails to import: {type(error).__name__}: {error}.",
+                fix=f"See {self.source}.",
             ) from error
 
     def __call__(self, **options: Any) -> Any:
@@ -96,7 +100,9 @@ class Method:
         config = self.load().Config
         declared = {o.name for o in self.options()}
         inherited = set(getattr(config, "__dataclass_fields__", {})) - declared
-        check_options(self.options(), {k: v for k, v in options.items() if k not in inherited}, f"Method '{self.name}'")
+        check_options(
+            self.options(), {k: v for k, v in options.items() if k not in inherited}, f"Method '{self.name}'"
+        )
         return config(**options)
 
 
@@ -128,7 +134,8 @@ def find(name: str, branch: str = "") -> Method:
     where = f" in {branch}" if branch else ""
     if found:
         raise MethodError(
-            f"'{name}' names {len(found)} methods{where}.", fix="Write one of " + ", ".join(m.path for m in found) + "."
+            f"'{name}' names {len(found)} methods{where}.",
+            fix="Write one of " + ", ".join(m.path for m in found) + ".",
         )
     elsewhere = [m.path for m in methods() if m.name == name]
     if elsewhere:
@@ -150,11 +157,13 @@ def add_file(source: Path | str) -> Method:
     source = Path(source)
     if not source.is_file():
         raise MethodError(f"There is no method file {source}.", fix="Give the path of a Python file.")
-    method = _read(source, "", source.resolve().as_uri(), path="")
+    method = _read(source, "", str(source), path="")
     if not method.fault and (not method.family or method.family.split("/")[0] not in BRANCHES):
         raise MethodError(
             f"{source} does not say where it belongs.",
-            fix="Add a line such as 'Family: tuning/lowrank' to its docstring; branches are " + ", ".join(BRANCHES) + ".",
+            fix="Add a line such as 'Family: tuning/lowrank' to its docstring; branches are "
+            + ", ".join(BRANCHES)
+            + ".",
         )
     path = f"{method.family or 'tuning'}/{source.stem}"
     if any(m.path == path and m.source.resolve() != source.resolve() for m in [*_own(), *_entry_points()]):
@@ -215,7 +224,9 @@ def _read(source: Path, module: str, origin: str, path: str) -> Method:
         return Method(path, source, module, fault=f"{type(error).__name__}: {error}", origin=origin)
     if not doc:
         return Method(path, source, module, fault="it has no docstring with title and paper", origin=origin)
-    return Method(path, source, module, title=doc.splitlines()[0].rstrip("."), doc=doc, origin=origin, **_marked(doc))
+    return Method(
+        path, source, module, title=doc.splitlines()[0].rstrip("."), doc=doc, origin=origin, **_marked(doc)
+    )
 
 
 def _marked(doc: str) -> dict[str, str]:
@@ -239,7 +250,8 @@ def _import_file(source: Path) -> ModuleType:
     if name in sys.modules and sys.modules[name].__file__ == str(source):
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, source)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up while they are made
     try:

@@ -1,6 +1,8 @@
-"""The `luthier` command: one file a verb in this folder, each a `command` function or an `app` of sub-commands.
+"""The `luthier` command: one file a verb in this folder, each a `command` function or an `app` of sub-
+commands.
 
-Verb files import nothing heavy at the top (torch, transformers, peft): help answers in a fraction of a second.
+Verb files import nothing heavy at the top (torch, transformers, peft): help answers in a fraction of a
+second.
 """
 
 import importlib

@@ -1,0 +1,200 @@
+"""What a run takes from the machine: peak memory while it runs, a writable folder and free disk before it
+starts.
+
+Torch-free: these are asked before anything heavy is imported.
+"""
+
+import ctypes
+import errno
+import os
+import resource
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import ResourceError
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_measuring: list["PeakMemory"] = []
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process holds now (RSS)."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, so that the next measurement does not count the last stage's."""
+    import gc
+
+    gc.collect()
+    if sys.platform == "linux":
+        # glibc keeps freed blocks in its arenas, where RSS still counts them.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+    cuda = _cuda()
+    if cuda is not None:
+        cuda.empty_cache()
+
+
+class PeakMemory:
+    """The most memory that this process held inside a `with` block; blocks may be nested.
+
+    Linux keeps the peak of the resident set (VmHWM) and resets it on request (`/proc/self/clear_refs`, see
+    proc(5)). Where that is not possible the peak is that of the process's whole life, and `exact` is False.
+
+    Attributes:
+        bytes: peak resident memory inside the block, in bytes.
+        start_bytes: resident memory when the block began.
+        cuda_bytes: peak of memory allocated by torch on the GPUs, 0 without one.
+        exact: whether `bytes` is the peak of this block alone.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.start_bytes = 0
+        self.cuda_bytes = 0
+        self.exact = False
+
+    def __enter__(self) -> "PeakMemory":
+        _update()
+        self.exact = _reset_high_water_mark()
+        _measuring.append(self)
+        self.start_bytes = resident_memory()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        _update()
+        _measuring.remove(self)
+
+    def now(self) -> int:
+        """The peak so far, in bytes, while the block still runs."""
+        _update()
+        return self.bytes
+
+
+def _update() -> None:
+    """Let every open block see the high-water mark: a block that starts inside resets it for all."""
+    peak = _high_water_mark()
+    gpu = _cuda_peak()
+    for block in _measuring:
+        block.bytes = max(block.bytes, peak)
+        block.cuda_bytes = max(block.cuda_bytes, gpu)
+
+
+def _high_water_mark() -> int:
+    try:
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _reset_high_water_mark() -> bool:
+    cuda = _cuda()
+    if cuda is not None:
+        for device in range(cuda.device_count()):
+            cuda.reset_peak_memory_stats(device)
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _cuda() -> Any:
+    """torch.cuda where torch is loaded and uses a GPU; this module never imports torch itself."""
+    torch = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)
+    return cuda if cuda is not None and cuda.is_available() and cuda.is_initialized() else None
+
+
+def _cuda_peak() -> int:
+    cuda = _cuda()
+    return sum(cuda.max_memory_allocated(d) for d in range(cuda.device_count())) if cuda is not None else 0
+
+
+def require_writable(folder: Path | str) -> None:
+    """Prove that files can be written in `folder` (which need not exist yet) by writing one.
+
+    Raises:
+        ResourceError: naming the part of the path that cannot be written and why.
+    """
+    place = _existing(Path(folder))
+    if not place.is_dir():
+        raise ResourceError(
+            f"Cannot make the folder {folder}: {place} is a file.",
+            fix="Choose another folder with --output.",
+        )
+    try:
+        with tempfile.TemporaryFile(dir=place) as probe:
+            probe.write(b"\0")
+    except OSError as error:
+        raise explain(error, place) from error
+
+
+def require_space(folder: Path | str, bytes: int) -> None:
+    """Prove that `bytes` fit on the disk of `folder` (which need not exist yet).
+
+    Raises:
+        ResourceError: with what is needed and what is free.
+    """
+    place = _existing(Path(folder))
+    free = shutil.disk_usage(place).free
+    if free < bytes:
+        raise ResourceError(
+            f"The disk of {place} has {show_bytes(free)} free, and the run writes up to {show_bytes(bytes)}.",
+            fix="Free some space, choose another disk with --output, or keep fewer checkpoints "
+            "(training: {save_total_limit: 1}).",
+        )
+
+
+def explain(error: OSError, where: Path | str) -> ResourceError:
+    """The `ResourceError` that says in words what the system answered while writing at `where`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(
+            f"The disk is full: writing in {where} failed ({error.strerror}).",
+            fix="Free some space or choose another disk with --output, then start the same command again.",
+        )
+    return ResourceError(
+        f"Cannot write in {where}: {error.strerror or error}.",
+        fix="Choose a folder that you may write in with --output, or change its permissions.",
+    )
+
+
+def is_resource(error: BaseException) -> bool:
+    """Whether an error means that a folder cannot be written or that its disk is full."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+    return isinstance(error, OSError) and not isinstance(error, ResourceError) and error.errno in codes
+
+
+def show_bytes(count: float) -> str:
+    """Bytes for a reader: '1.5 GB' (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def folder_bytes(folder: Path | str) -> int:
+    """Bytes of all files below `folder`."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def _existing(path: Path) -> Path:
+    """The nearest part of `path` that exists."""
+    path = Path(os.path.abspath(path))
+    # os.path.exists is False, not an error, below a folder that may not be entered.
+    while not os.path.exists(path) and path != path.parent:
+        path = path.parent
+    return path

@@ -1,0 +1,107 @@
+"""Peak memory is that of its block; a folder that cannot be written and a full disk are found beforehand."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+
+from luthier import resources
+from luthier.errors import ResourceError
+from luthier.resources import PeakMemory, require_space, require_writable
+
+MB = 1024 * 1024
+SLACK = MB  # the kernel counts pages in batches
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the peak of a block needs /proc")
+
+
+def take(megabytes: int) -> None:
+    block = bytearray(megabytes * MB)
+    block[::4096] = b"\1" * len(block[::4096])  # touch each page, or it is never resident
+
+
+@linux
+class TestPeakMemory:
+    def test_counts_memory_that_was_freed_inside(self):
+        with PeakMemory() as peak:
+            take(200)
+        assert peak.exact
+        assert 200 * MB - SLACK <= peak.bytes - peak.start_bytes < 260 * MB
+
+    def test_does_not_count_what_came_before(self):
+        take(300)
+        with PeakMemory() as peak:
+            take(20)
+        assert peak.bytes - peak.start_bytes < 100 * MB
+
+    def test_a_block_inside_leaves_the_outer_peak_right(self):
+        with PeakMemory() as outer:
+            take(300)
+            with PeakMemory() as inner:
+                take(50)
+        assert outer.bytes - outer.start_bytes >= 300 * MB - SLACK
+        assert inner.bytes - inner.start_bytes < 150 * MB
+
+    def test_a_peak_of_the_inner_block_counts_for_the_outer(self):
+        with PeakMemory() as outer, PeakMemory() as inner:
+            take(200)
+        assert outer.bytes >= inner.bytes >= 200 * MB - SLACK
+
+    def test_can_be_read_while_it_runs(self):
+        with PeakMemory() as peak:
+            take(100)
+            assert peak.now() - peak.start_bytes >= 100 * MB - SLACK
+
+    def test_says_so_where_the_mark_cannot_be_reset(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(resources, "_CLEAR", tmp_path)  # a folder: writing to it fails
+        with PeakMemory() as peak:
+            pass
+        assert not peak.exact
+        assert peak.bytes > 0
+
+
+class TestWritable:
+    def test_takes_a_folder_that_does_not_exist_yet_and_leaves_nothing(self, tmp_path):
+        require_writable(tmp_path / "a" / "b")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_refuses_a_path_through_a_file(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ResourceError, match="file is a file"):
+            require_writable(tmp_path / "file" / "runs")
+
+    def test_refuses_a_read_only_folder(self, tmp_path):
+        (tmp_path / "locked").mkdir(mode=0o555)
+        if os.geteuid() == 0:  # permissions do not bind root: ask as someone else
+            if sys.platform != "linux":
+                pytest.skip("needs a user who is not root")
+            os.seteuid(65534)
+        try:
+            with pytest.raises(ResourceError, match=r"Cannot write in .*: Permission denied"):
+                require_writable(tmp_path / "locked" / "runs")
+        finally:
+            if os.getuid() == 0:
+                os.seteuid(0)
+
+
+class TestSpace:
+    def test_refuses_what_does_not_fit_and_says_both_numbers(self, monkeypatch, tmp_path):
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(100, 99, 1_500_000))
+        with pytest.raises(ResourceError, match=r"1\.5 MB free, and the run writes up to 2\.0 GB"):
+            require_space(tmp_path / "runs", 2_000_000_000)
+        require_space(tmp_path / "runs", 1_000_000)
+
+    def test_a_full_disk_met_while_writing_is_told_in_words(self, tmp_path):
+        error = OSError(errno.ENOSPC, "No space left on device")
+        assert resources.is_resource(error)
+        assert "disk is full" in str(resources.explain(error, tmp_path))
+        assert not resources.is_resource(FileNotFoundError(errno.ENOENT, "no such file"))
+
+
+def test_importing_it_loads_no_torch():
+    code = "import sys, luthier.resources; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,7 +5,8 @@ class also inherits the standard exception that a Python user would catch.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class LuthierError(Exception):
@@ -26,7 +27,13 @@ class LuthierError(Exception):
 
 
 class RecipeError(LuthierError, ValueError):
-    """A recipe (or an override of it) that cannot be run; carries every fault that was found."""
+    """A recipe (or an override of it) that cannot be run.
+
+    Attributes:
+        faults: every fault that was found, in the order of the file (`luthier.recipe.source.Fault`).
+    """
+
+    faults: Sequence[Any] = ()
 
 
 class MethodError(LuthierError, ValueError):

@@ -1,0 +1,206 @@
+"""What only the whole recipe or the disk can tell: impossible pairs, models and files that are not there.
+
+Nothing here loads torch. Each rule yields problems, (place, what is wrong, what to write instead);
+`luthier.recipe.source` turns the places into lines of the file.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from luthier.data.spec import DataSpec
+from luthier.errors import LuthierError, did_you_mean, nearest
+from luthier.evaluation.names import METRICS
+from luthier.models import sources
+from luthier.recipe.schema import (
+    KINDS,
+    TASK_OF_OBJECTIVE,
+    EvaluateStage,
+    ExportStage,
+    ModelSpec,
+    Stage,
+    Task,
+    TuneStage,
+    implied_task,
+    is_adapter,
+)
+
+Problem = tuple[tuple[str | int, ...], str, str | None]
+
+# Settings of generation that transformers ignores unless `do_sample` is true.
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+
+
+@dataclass
+class Draft:
+    """A recipe as far as it could be read: a part that the schema refused is None.
+
+    Attributes:
+        folder: the recipe's; relative paths are looked up in the working directory, then there.
+    """
+
+    model: ModelSpec | None
+    stages: list[Stage | None]
+    folder: Path
+    task: Task = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.task = (self.model and self.model.task) or implied_task(self.stages)
+
+    def __iter__(self) -> Iterator[tuple[tuple[str | int, ...], Stage]]:
+        """The readable stages, each with its place."""
+        for index, stage in enumerate(self.stages):
+            if stage is not None:
+                yield ("stages", index, stage.kind), stage
+
+
+def problems(draft: Draft) -> list[Problem]:
+    """Everything that is wrong with a recipe whose parts are well formed, in the order of the file."""
+    found = list(_model(draft))
+    found += _names(draft)
+    for place, stage in draft:
+        if isinstance(stage, TuneStage):
+            found += _tune(draft, place, stage)
+        elif isinstance(stage, EvaluateStage):
+            found += _evaluate(draft, place, stage)
+        elif isinstance(stage, ExportStage):
+            found += _export(draft, place, stage)
+    return found
+
+
+def _model(draft: Draft) -> Iterator[Problem]:
+    if draft.model is None:
+        return
+    try:
+        config = sources.config(sources.locate(draft.model.name))
+    except LuthierError as error:
+        yield ("model",), error.message, error.fix
+        return
+    if config is None:  # on the Hub, and not fetched yet
+        return
+    encoder_decoder = bool(config.get("is_encoder_decoder"))
+    kind = config.get("model_type", "model")
+    if encoder_decoder and draft.task == "causal":
+        fix = "Use objective: seq2seq, or write model: {name: ..., task: seq2seq}."
+        yield (
+            ("model",),
+            f"{draft.model.name} ({kind}) is an encoder-decoder, but it is to be tuned as causal",
+            fix,
+        )
+    if draft.task == "seq2seq" and not encoder_decoder:
+        yield (
+            ("model",),
+            f"{draft.model.name} ({kind}) is no encoder-decoder, but task is seq2seq",
+            "Use objective: sft.",
+        )
+
+
+def _names(draft: Draft) -> Iterator[Problem]:
+    given: dict[str, str] = {}
+    for place, stage in draft:
+        if stage.name == stage.kind:
+            continue
+        if stage.name in KINDS:
+            yield (*place, "name"), f"a {stage.kind} stage cannot be called '{stage.name}'", None
+        elif stage.name in given:
+            yield (*place, "name"), f"stage name '{stage.name}' is taken by {given[stage.name]}", None
+        given[stage.name] = f"stages.{place[1]}"
+
+
+def _tune(draft: Draft, place: tuple[str | int, ...], stage: TuneStage) -> Iterator[Problem]:
+    objective = stage.objective.method.name
+    task = TASK_OF_OBJECTIVE.get(objective, "causal")
+    if task != draft.task:
+        fitting = [name for name, needs in TASK_OF_OBJECTIVE.items() if needs == draft.task] or [
+            "sft",
+            "pretrain",
+        ]
+        yield (
+            (*place, "objective"),
+            f"objective {objective} trains a {task} model, but the recipe's model is {draft.task}",
+            f"Use objective: {' or '.join(fitting)}, or change the model's task.",
+        )
+    yield from _data(draft, (*place, "data"), stage.data)
+    yield from _data(draft, (*place, "eval_data"), stage.eval_data)
+    training = stage.training
+    if stage.eval_data is None:
+        for key in ("eval_strategy", "eval_steps", "load_best_model_at_end", "eval_on_start"):
+            if training.get(key) not in (None, False, "no"):
+                fix = "Add eval_data to the stage."
+                yield (*place, "training", key), f"{key} needs data to evaluate on", fix
+    elif training.get("load_best_model_at_end") and training.get("eval_strategy", "no") == "no":
+        fix = "Add eval_strategy: steps or epoch."
+        yield (
+            (*place, "training", "load_best_model_at_end"),
+            "the best model is not known without evaluation",
+            fix,
+        )
+    if training.get("bf16") and training.get("fp16"):
+        yield (*place, "training", "fp16"), "bf16 and fp16 exclude each other", "Keep one."
+
+
+def _evaluate(draft: Draft, place: tuple[str | int, ...], stage: EvaluateStage) -> Iterator[Problem]:
+    yield from _data(draft, (*place, "data"), stage.data)
+    for index, name in enumerate(stage.metrics):
+        if draft.task not in METRICS[name].tasks:
+            fitting = [other for other, metric in METRICS.items() if draft.task in metric.tasks]
+            yield (
+                (*place, "metrics", index),
+                f"{name} cannot be measured on a {draft.task} model",
+                f"Metrics for it: {', '.join(fitting)}.",
+            )
+    for name in stage.expect:
+        if name not in stage.metrics:
+            yield (
+                (*place, "expect", name),
+                f"'{name}' is not measured by this stage",
+                did_you_mean(name, stage.metrics),
+            )
+    if stage.generation and not any(METRICS[name].generates for name in stage.metrics):
+        fix = "Leave generation out, or add a metric that generates."
+        yield (*place, "generation"), f"none of the metrics ({', '.join(stage.metrics)}) generates text", fix
+    for key in _SAMPLING:
+        if stage.generation.get(key) is not None and not stage.generation.get("do_sample"):
+            fix = "Add do_sample: true, or leave it out."
+            yield (*place, "generation", key), f"{key} has no effect without sampling", fix
+
+
+def _export(draft: Draft, place: tuple[str | int, ...], stage: ExportStage) -> Iterator[Problem]:
+    before = draft.stages[: int(place[1])]
+    if None in before:  # what it would export is not known
+        return
+    tuned = next((s for s in reversed(before) if isinstance(s, TuneStage)), None)
+    adapter = tuned is not None and is_adapter(tuned.method)
+    method = tuned.method.name if tuned else ""
+    if stage.format == "adapter" and not adapter:
+        what = f"{method} changes the model's own weights" if tuned else "no stage before it tunes the model"
+        yield (*place, "format"), f"there is no adapter to export: {what}", "Write format: safetensors."
+    elif stage.format == "adapter" and stage.merge:
+        fix = "Write format: safetensors for the merged model, or leave merge out."
+        yield (*place, "merge"), "a merged adapter cannot be exported as an adapter", fix
+    elif stage.merge and not adapter:
+        what = f"{method} leaves nothing to merge" if tuned else "no stage before it tunes the model"
+        yield (*place, "merge"), f"merge: true, but {what}", "Leave merge out."
+    elif stage.format == "safetensors" and adapter and stage.merge is False:
+        fix = "Write merge: true, or format: adapter."
+        yield (*place, "merge"), f"a whole model holds the adapter of {method} only if it is merged", fix
+
+
+def _data(draft: Draft, place: tuple[str | int, ...], spec: DataSpec | None) -> Iterator[Problem]:
+    if spec is None:
+        return
+    path = Path(spec.path).expanduser()
+    if path.exists() or Path(draft.folder, path).exists():
+        return
+    # 'owner/name' without a suffix may be a Hub id; whether it is there is known when it is fetched.
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec.path) and not path.suffix:
+        return
+    looked = path.parent if path.parent.is_dir() else Path(draft.folder, path).parent
+    near = nearest(path.name, [p.name for p in looked.iterdir()] if looked.is_dir() else [])
+    fix = did_you_mean(path.name, near) if near else None
+    yield (
+        place,
+        f"there is no data file {spec.path}",
+        fix or f"Looked in the working directory and in {draft.folder}.",
+    )

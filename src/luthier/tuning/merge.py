@@ -1,0 +1,139 @@
+"""Fold an adapter into the weights of its base, and prove that the merged model is the unmerged one.
+
+Everything is added in fp32 and rounded once. Weights that share one storage (a head tied to the
+embeddings) are merged each by what its own adapter adds; if the results differ, the storage is split and
+the config says so. Plain PEFT adds a tied adapter twice and loses the sharing of an untied one
+(huggingface/peft#2777).
+"""
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from luthier import checks
+from luthier.errors import CheckError, MethodError
+from luthier.tuning.attach import tuning_of
+from luthier.tuning.groups import require_untieable
+from luthier.tuning.probe import distance, probe_logits
+
+EXACT = 1e-3
+ROUNDED = 0.1
+# An adapter that changes less than this share of the logits has no effect to measure an error against: fp32
+# arithmetic alone moves logits by about 1e-6 of their size.
+SMALLEST_EFFECT = 1e-2
+
+
+def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """The base model with the adapter folded in; a model without adapter is returned as it is.
+
+    The model given is used up.
+
+    Args:
+        dtype: of the merged weights; default: the base's own.
+
+    Raises:
+        MethodError: the base is quantised, or the adapter is not one that folds into weights. CheckError:
+        the merged model differs from the unmerged one by more than 1e-3 of the adapter's effect in
+            fp32, or by more than 10% of it after rounding to `dtype`.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    config = tuning_of(model)
+    _require_mergeable(model)
+    own = {n.replace(".base_layer.", "."): p.dtype for n, p in model.get_base_model().named_parameters()}
+    base_dtype = next(iter(own.values()))
+    for (
+        parameter
+    ) in model.parameters():  # not model.float(): buffers such as RoPE's have a precision of their own
+        parameter.data = parameter.data.float()
+    adapted = probe_logits(model)
+    with model.disable_adapter():
+        base = probe_logits(model)
+    scale = adapted - base if distance(adapted, base) > SMALLEST_EFFECT else SMALLEST_EFFECT * base
+
+    shared = _split_shared(model)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise CheckError(f"The adapter cannot be merged: {error}.") from error
+    _join_equal(merged, shared)
+    # Whatever an adapter left frozen or open, the merged weights are those of an ordinary model.
+    merged.requires_grad_(True)
+    merged.luthier_tuning = None
+
+    name = type(config).__module__.rsplit(".", 1)[-1]
+    _prove(merged, adapted, scale, EXACT, f"merged = unmerged ({name}, float32)")
+    # Weights that the architecture keeps in another precision than the rest stay in it.
+    final = {
+        n: dtype or base_dtype if own.get(n, base_dtype) == base_dtype else own[n]
+        for n, _ in merged.named_parameters()
+    }
+    if set(final.values()) != {torch.float32}:
+        for n, parameter in merged.named_parameters():  # rounded, but still computed with in fp32
+            parameter.data = parameter.data.to(final[n]).float()
+        rounded = str(dtype or base_dtype).removeprefix("torch.")
+        _prove(merged, adapted, scale, ROUNDED, f"merged = unmerged ({name}, {rounded})")
+        for n, parameter in merged.named_parameters():
+            parameter.data = parameter.data.to(final[n])
+    return merged
+
+
+def _require_mergeable(model: PeftModel) -> None:
+    if model.peft_config[model.active_adapter].is_prompt_learning:
+        raise MethodError("A prompt is no change of weights; it cannot be merged.", fix="Export the adapter.")
+    if getattr(model.get_base_model(), "is_quantized", False):
+        raise MethodError(
+            "The base is quantised: merging would round most of the adapter away.",
+            fix="Load the base in its original precision with the adapter, and merge there.",
+        )
+
+
+def _split_shared(model: PeftModel) -> list[list[str]]:
+    """Give each adapted layer a weight of its own. Returns the names of the modules that shared one."""
+    base = model.get_base_model()
+    holders: dict[int, list[str]] = {}
+    for name, module in base.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            holders.setdefault(id(weight), []).append(name)
+    adapted = {id(module.get_base_layer()) for module in base.modules() if isinstance(module, BaseTunerLayer)}
+    shared = []
+    for names in holders.values():
+        modules = [base.get_submodule(name) for name in names]
+        if len(modules) > 1 and any(id(module) in adapted for module in modules):
+            for module in modules[1:]:
+                module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+            shared.append([name.removesuffix(".base_layer") for name in names])
+    return shared
+
+
+def _join_equal(model: nn.Module, shared: list[list[str]]) -> None:
+    """Tie again what stayed equal; untie the rest in the config too.
+
+    Raises:
+        MethodError: the architecture cannot be saved untied.
+    """
+    for names in shared:
+        first, *others = (model.get_submodule(name) for name in names)
+        if all(torch.allclose(first.weight, other.weight, rtol=1e-5, atol=1e-7) for other in others):
+            for other in others:
+                other.weight = first.weight
+            model.config.tie_word_embeddings = True
+        else:
+            require_untieable(model)
+            model.config.tie_word_embeddings = False
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _prove(model: nn.Module, adapted: torch.Tensor, scale: torch.Tensor, tolerance: float, name: str) -> None:
+    error = distance(probe_logits(model), adapted, scale)
+    checks.record(
+        "merge",
+        name,
+        error <= tolerance,
+        error,
+        tolerance,
+        "error on a probe relative to the adapter's effect",
+        fix="Keep the adapter separate (export format: adapter), or merge into float32.",
+    )

@@ -73,8 +73,9 @@ class Argument:
         if allowed and (wrong or not isinstance(value, allowed)):
             return f"must be {self.annotation}, not {value!r}"
         if self.choices and isinstance(value, str) and value not in self.choices:
-            near = nearest(value, self.choices) or self.choices
-            return f"must be {', '.join(near[:-1])}{' or ' if near[1:] else ''}{near[-1]}, not {value!r}"
+            near = list(nearest(value, self.choices, count=6) or self.choices)
+            more = ["..."] if len(near) < len(self.choices) else []
+            return f"must be one of {', '.join(near + more)}, not {value!r}"
         least = _AT_LEAST.get(self.name)
         if least is not None and isinstance(value, int | float) and not value >= least:
             return f"must be at least {least}, not {value!r}"

@@ -1,8 +1,8 @@
 """The recipe language: what a recipe may say, as strict pydantic models.
 
-A recipe is read by `luthier.recipe.source.load_recipe`, which adds lines of the file to every fault of
-the schema and checks what only the whole recipe or the disk can tell (`luthier.recipe.validate`). A stage is written as
-a mapping of one key, its kind: `- tune: {data: train.jsonl, method: lora}`; in Python it is a `TuneStage`.
+A recipe is read by `luthier.recipe.source.load_recipe`, which tells the line of every fault and checks what
+only the whole recipe or the disk can tell (`luthier.recipe.validate`). A stage is written as a mapping of one
+key, its kind: `- tune: {data: train.jsonl, method: lora}`; in Python it is a `TuneStage`.
 """
 
 import re
@@ -129,6 +129,10 @@ class MethodSpec(Strict):
             raise faults(found, cls.__name__)
         return {"name": value["name"], "options": given}
 
+    def __str__(self) -> str:
+        options = ", ".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.name}({options})" if options else self.name
+
     @property
     def method(self) -> taxonomy.Method:
         return taxonomy.find(self.name, self.branch)
@@ -217,6 +221,10 @@ class Stage(Strict):
         self.name = self.name or self.kind
         return self
 
+    def summary(self) -> str:
+        """What the stage does, in a few words."""
+        raise NotImplementedError
+
 
 class TuneStage(Stage):
     """Train the model: a method says which parameters learn, an objective what they learn from."""
@@ -227,7 +235,9 @@ class TuneStage(Stage):
     eval_data: DataSpec | None = None
     """Held-out data on which the loss is measured during training."""
     method: TuningSpec
+    """Which parameters learn: a tuning method."""
     objective: ObjectiveSpec = Field("sft", validate_default=True)
+    """What the model learns from."""
     training: Annotated[dict[str, Any], WithJsonSchema(training_schema())] = Field(default_factory=dict)
     """Fields of transformers.TrainingArguments."""
 
@@ -242,12 +252,16 @@ class TuneStage(Stage):
             raise faults([((key,), *text) for key, text in found if text], "training")
         return training
 
+    def summary(self) -> str:
+        return f"{self.method} by {self.objective} on {self.data.path}"
+
 
 class EvaluateStage(Stage):
     """Measure the model as the stages before left it."""
 
     kind = "evaluate"
     data: DataSpec
+    """Held-out data: a file, folder or Hub id, or a mapping that says how to read it."""
     metrics: list[str] = Field(min_length=1)
     """What to measure."""
     samples: int | None = Field(None, ge=1)
@@ -255,6 +269,7 @@ class EvaluateStage(Stage):
     generation: dict[str, Any] = Field(default_factory=dict)
     """Fields of transformers.GenerationConfig for the metrics that generate."""
     batch_size: int = Field(16, ge=1)
+    """Rows that go through the model at once."""
     expect: dict[str, str] = Field(default_factory=dict)
     """What must come out, such as `exact_match: '>= 0.8'`; a miss fails the run."""
 
@@ -297,6 +312,9 @@ class EvaluateStage(Stage):
                 raise faults(found, "expect")
         return expect
 
+    def summary(self) -> str:
+        return f"{', '.join(self.metrics)} on {self.data.path}"
+
 
 class ExportStage(Stage):
     """Write the model as a folder that transformers or PEFT load."""
@@ -308,6 +326,9 @@ class ExportStage(Stage):
     """Merge the adapter into the weights; by default exactly where the format needs it."""
     dtype: Dtype = "auto"
     """Precision of the written weights; auto keeps that of the model."""
+
+    def summary(self) -> str:
+        return f"{'merged ' if self.merge else ''}{self.format}"
 
 
 class StageItem(Strict):
@@ -353,11 +374,13 @@ class Recipe(Strict):
     methods: list[str] = Field(default_factory=list)
     """Python files with methods of your own."""
     model: ModelSpec
+    """The model to start from: alias, folder, GGUF file, run folder or Hub id."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of everything random in the run."""
     output: str = Field("runs", min_length=1)
     """Folder in which the run's folder is made."""
     stages: Annotated[list[TuneStage | EvaluateStage | ExportStage], _StageList()] = Field(min_length=1)
+    """What is done, in this order."""
     _file: Path | None = PrivateAttr(None)
 
     @field_validator("methods")
@@ -388,6 +411,16 @@ class Recipe(Strict):
                 tuned = stage
             elif isinstance(stage, ExportStage) and stage.merge is None:
                 stage.merge = stage.format == "safetensors" and tuned is not None and is_adapter(tuned.method)
+        return self
+
+    @model_validator(mode="after")
+    def _look_beside_the_file(self, info: ValidationInfo) -> Self:
+        """Data files are looked up in the working directory, then beside the recipe."""
+        folder = (info.context or {}).get("folder")
+        for stage in self.stages:
+            for spec in (getattr(stage, "data", None), getattr(stage, "eval_data", None)):
+                if spec is not None and spec.base is None:
+                    spec.base = folder
         return self
 
     @property
@@ -422,6 +455,11 @@ def meets(expectation: str, value: float) -> bool:
     assert match is not None  # the schema let it through
     sign, bound = match[1], float(match[2]) / (100 if match[3] else 1)
     return {">=": value >= bound, ">": value > bound, "<=": value <= bound, "<": value < bound}[sign]
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of recipes, with the methods and options of the tree as it is now."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()
 
 
 KINDS: dict[str, type[Stage]] = {

@@ -149,6 +149,8 @@ class _Reader:
         self.source.origin.setdefault(place, f"{self.label}:{node.start_mark.line + 1}")
         if isinstance(node, ScalarNode):
             return self._scalar(node)
+        if str(node.tag).removeprefix("tag:yaml.org,2002:") not in ("map", "seq"):
+            raise ConstructorError(None, None, f"the tag {node.tag} is not part of recipes", node.start_mark)
         if id(node) in self.open:
             raise ConstructorError(None, None, "an alias that contains itself", node.start_mark)
         self.open.add(id(node))
@@ -214,7 +216,14 @@ def apply_override(source: Source, text: str) -> None:
 def _addressed(source: Source, parts: tuple[str, ...], label: str) -> list[Place]:
     """The places that a dotted key names: a key of the recipe, or of each stage of that kind or name."""
     head, rest = parts[0], parts[1:]
-    if head in Recipe.model_fields:
+    if head in Recipe.model_fields and head != "stages":
+        return [parts]
+    if head == "stages":
+        item = _step(source.values.get("stages") or [], rest[0]) if rest else None
+        if rest[1:] and isinstance(item, dict) and rest[1] not in item:
+            message = f"stages.{rest[0]} is '{', '.join(item)}', not '{rest[1]}'"
+            source.faults.append(Fault(label, (), message, "Stages are counted from 0."))
+            return []
         return [parts]
     stages = [
         (index, kind, body)
@@ -256,6 +265,7 @@ def _set(source: Source, place: Place, value: Any, label: str) -> None:
             below = {"path": below}
         elif below is None:
             below = {}
+            source.origin[_normal(place[: depth + 1])] = label
         if not isinstance(below, dict | list):
             message = f"'{dotted(place[: depth + 1])}' is {below!r} and has no key '{place[depth + 1]}'"
             source.faults.append(Fault(label, place, message))
@@ -267,13 +277,18 @@ def _set(source: Source, place: Place, value: Any, label: str) -> None:
         source.faults.append(Fault(label, place, _no_index(target, last, place[:-1]), None))
         return
     target[_index(target, last)] = value
-    normal = tuple(int(p) if isinstance(p, str) and p.isdigit() else p for p in place)
+    normal = _normal(place)
     for known in [p for p in source.origin if p[: len(normal)] == normal]:
         del source.origin[known]
     source.origin[normal] = label
 
 
 _ABSENT = object()
+
+
+def _normal(place: Place) -> Place:
+    """With indices as numbers."""
+    return tuple(int(p) if isinstance(p, str) and p.isdigit() else p for p in place)
 
 
 def _step(target: Any, part: str | int) -> Any:

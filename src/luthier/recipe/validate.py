@@ -123,6 +123,7 @@ def _tune(draft: Draft, place: tuple[str | int, ...], stage: TuneStage) -> Itera
         )
     yield from _data(draft, (*place, "data"), stage.data)
     yield from _data(draft, (*place, "eval_data"), stage.eval_data)
+    yield from _method(place, stage)
     training = stage.training
     if stage.eval_data is None:
         for key in ("eval_strategy", "eval_steps", "load_best_model_at_end", "eval_on_start"):
@@ -138,6 +139,27 @@ def _tune(draft: Draft, place: tuple[str | int, ...], stage: TuneStage) -> Itera
         )
     if training.get("bf16") and training.get("fp16"):
         yield (*place, "training", "fp16"), "bf16 and fp16 exclude each other", "Keep one."
+
+
+def _method(place: tuple[str | int, ...], stage: TuneStage) -> Iterator[Problem]:
+    """Options of tuning methods that exclude each other, or settings of the training."""
+    options, training = stage.method.options, stage.training
+    if options.get("cache_trunk"):
+        for other in ("trunk_dropout", "train_embeddings"):
+            if options.get(other):
+                fix = "Keep one of the two."
+                yield (
+                    (*place, "method", other),
+                    f"cache_trunk needs a frozen, steady trunk; {other} changes it",
+                    fix,
+                )
+    if options.get("fused_backward"):
+        wanted = {"max_grad_norm": 0, "gradient_accumulation_steps": 1}
+        for key, value in wanted.items():
+            if training.get(key, 1) != value:
+                at = (*place, "training", key) if key in training else (*place, "method", "fused_backward")
+                fix = f"Write training: {{{key}: {value}}}, or leave fused_backward out."
+                yield at, f"fused_backward frees each gradient at once and needs {key}: {value}", fix
 
 
 def _evaluate(draft: Draft, place: tuple[str | int, ...], stage: EvaluateStage) -> Iterator[Problem]:
@@ -196,8 +218,8 @@ def _data(draft: Draft, place: tuple[str | int, ...], spec: DataSpec | None) -> 
     # 'owner/name' without a suffix may be a Hub id; whether it is there is known when it is fetched.
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec.path) and not path.suffix:
         return
-    looked = path.parent if path.parent.is_dir() else Path(draft.folder, path).parent
-    near = nearest(path.name, [p.name for p in looked.iterdir()] if looked.is_dir() else [])
+    folders = [folder for folder in (path.parent, Path(draft.folder, path).parent) if folder.is_dir()]
+    near = nearest(path.name, {file.name for folder in folders for file in folder.iterdir()})
     fix = did_you_mean(path.name, near) if near else None
     yield (
         place,

@@ -219,7 +219,7 @@ def lost_share(parameters: Iterable[Tensor], lr: float) -> float:
     lost = total = 0
     for parameter in parameters:
         exponent = torch.frexp(parameter.detach().float()).exponent - 1
-        half_spacing = torch.ldexp(torch.tensor(torch.finfo(parameter.dtype).eps / 2), exponent)
+        half_spacing = torch.exp2(exponent.float()) * (torch.finfo(parameter.dtype).eps / 2)
         lost += int(((half_spacing > lr) & (parameter != 0)).sum())
         total += parameter.numel()
     return lost / max(1, total)

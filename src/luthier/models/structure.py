@@ -11,9 +11,16 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import MethodError, ModelError, did_you_mean
+
+CLASSES = {
+    "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+}
 
 Group = tuple[str, list[tuple[str, nn.Parameter]]]
 
@@ -21,6 +28,15 @@ Group = tuple[str, list[tuple[str, nn.Parameter]]]
 def base(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a `PeftModel`, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def task(model: nn.Module) -> str | None:
+    """ "causal", "classification" or "seq2seq" by the model's class; None for another, a bare trunk say."""
+    name = type(base(model)).__name__
+    for kind, classes in CLASSES.items():
+        if name in classes.values():
+            return kind
+    return None
 
 
 def stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:

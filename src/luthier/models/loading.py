@@ -1,0 +1,318 @@
+"""Load a model and its tokenizer by name, strictly: all weights of the file are used, none is left random.
+
+transformers and PEFT fill what a file lacks with random numbers and a warning. Here that is an error which
+lists the keys; a new classification head is the only part that may be new, and it is said.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from luthier import checks
+from luthier.errors import ModelError, did_you_mean
+from luthier.models import gguf, keys, saving, sources, structure
+from luthier.models.placement import Placement, place
+
+log = logging.getLogger("luthier.models")
+
+AUTO: dict[str, Any] = {
+    "causal": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+FAILURES = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+
+
+def load(
+    name: str | Path,
+    *,
+    task: str = "causal",
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    attn: str = "auto",
+    trust_remote_code: bool = False,
+    num_labels: int | None = None,
+    revision: str | None = None,
+    train: bool = False,
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """The model and its tokenizer; for an adapter its base with the adapter on it.
+
+    Args:
+        name: alias, folder, GGUF file, adapter folder, folder of a run, or Hub id.
+        task: "causal", "classification" or "seq2seq".
+        dtype, device, attn: see `luthier.models.placement.place`.
+        trust_remote_code: run the Python code that a Hub model brings. Off unless asked for.
+        num_labels: size of a new classification head.
+        revision: branch, tag or commit on the Hub.
+        train: the loaded weights will learn: the adapter's if `name` is one, else the model's own.
+
+    Raises:
+        ModelError: there is no such model, its files are damaged, or its weights do not fit.
+    """
+    if task not in AUTO:
+        raise ModelError(f"Unknown task '{task}'.", fix=did_you_mean(task, AUTO))
+    source = sources.locate(name)
+    options: dict[str, Any] = {"task": task, "trust_remote_code": trust_remote_code, "num_labels": num_labels}
+    if source.base is not None:
+        base_options = options | {"dtype": dtype, "device": device, "attn": attn}
+        return _load_adapter(source, base_options, revision=revision, train=train)
+    where = place(dtype, device, attn, train=train)
+    path = gguf.converted(source) if source.gguf_file else source.path
+    if path is not None:
+        saving.check_files(path)
+    place_on_disk = str(path or source.hub_id)
+    model = _load_model(source.name, place_on_disk, where, revision=revision, **options)
+    tokenizer = _load_tokenizer(source.name, place_on_disk, trust_remote_code, revision)
+    _fit_tokenizer(model, tokenizer, task)
+    known = source.name if source.kind in ("alias", "hub") else str(Path(source.name).expanduser().resolve())
+    model.luthier_origin = {"name": known, "revision": revision, "fingerprint": saving.fingerprint(model)}
+    return model, tokenizer
+
+
+def _load_model(
+    name: str,
+    path: str,
+    where: Placement,
+    *,
+    task: str,
+    trust_remote_code: bool,
+    num_labels: int | None,
+    revision: str | None,
+) -> PreTrainedModel:
+    options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    if revision is not None:
+        options["revision"] = revision
+    if where.device != "cpu":
+        options["device_map"] = {"": where.device}
+    try:
+        model, info = AUTO[task].from_pretrained(
+            path,
+            dtype=where.dtype,
+            attn_implementation=where.attn,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        raise _explained(error, name, task) from error
+    _require_all_keys(model, info, name, task)
+    return model
+
+
+def _explained(error: BaseException, name: str, task: str) -> ModelError:
+    """What transformers said, in one sentence, and what to do where the cause is known."""
+    text = str(error)
+    fix = None
+    if "trust_remote_code" in text:
+        text, fix = "it brings Python code of its own", "If you trust it, write trust_remote_code: true."
+    elif "Unrecognized configuration class" in text:
+        text = f"its architecture has no {task} head in transformers"
+        fix = f"Choose another task ({', '.join(AUTO)})."
+    elif "mismatch" in text.lower():
+        fix = "Give the num_labels that the model was saved with, or the matching config.json."
+    elif "does not appear to have a file named" in text or "safetensors" in text:
+        fix = "Only safetensors are read: convert it with save_pretrained where you trust it."
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    return ModelError(f"Model '{name}' cannot be loaded as {task}: {' '.join(lines[:3])[:600]}.", fix=fix)
+
+
+def _require_all_keys(model: PreTrainedModel, info: dict[str, Any], name: str, task: str) -> None:
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if info["mismatched_keys"]:
+        raise ModelError(
+            f"Model '{name}': shapes differ from the config's: {keys.shown(info['mismatched_keys'])}."
+        )
+    if task == "classification":
+        # What lies above the last block may be new, and the head that was there before is not used.
+        above = {n for n, _ in structure.groups(model)[-1][1]} - keys.of(model, structure.final_norm(model))
+        new = [key for key in missing if key in above]
+        missing = [key for key in missing if key not in above]
+        if new:
+            left_out = [key for key in unexpected if not key.startswith(f"{model.base_model_prefix}.")]
+            unexpected = [key for key in unexpected if key not in left_out]
+            _announce(model, new, left_out)
+    if missing or unexpected:
+        saved = (model.config.architectures or ["of an unnamed class"])[0]
+        raise ModelError(
+            f"Model '{name}', saved as {saved}, does not fit {type(model).__name__}: "
+            + keys.difference(missing, unexpected),
+            fix=keys.prefix_fix(missing, unexpected) or "Choose the task that the model was saved for.",
+        )
+
+
+def _announce(model: PreTrainedModel, new: list[str], left_out: list[str]) -> None:
+    parameters = dict(model.named_parameters())
+    shapes = ", ".join(f"{key} {tuple(parameters[key].shape)}" for key in new)
+    detail = f"random, to be trained: {shapes}" + (f"; not used: {keys.shown(left_out)}" if left_out else "")
+    checks.record("before", "new classification head", True, len(new), detail=detail)
+
+
+def _load_tokenizer(
+    name: str, path: str, trust_remote_code: bool, revision: str | None
+) -> PreTrainedTokenizerBase:
+    # Without its files transformers makes an empty tokenizer of the model's kind.
+    if Path(path).is_dir() and not any((Path(path) / file).is_file() for file in TOKENIZER_FILES):
+        raise ModelError(
+            f"Model '{name}' has no tokenizer (looked for {', '.join(TOKENIZER_FILES)} in {path}).",
+            fix="Save the tokenizer into the same folder: luthier.save(model, folder, tokenizer).",
+        )
+    options = {} if revision is None else {"revision": revision}
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
+    except FAILURES as error:
+        raise ModelError(f"The tokenizer of '{name}' cannot be loaded: {error}") from error
+
+
+def _fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str) -> None:
+    """Make model and tokenizer agree on padding and on the token that ends a turn."""
+    rows = structure.embeddings(model).weight.shape[0]
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= rows:
+        raise ModelError(
+            f"The tokenizer has ids up to {largest}, but the model's embedding has {rows} rows.",
+            fix="Use the tokenizer that the model was saved with.",
+        )
+    if task == "classification":
+        _require_own_pad(model, tokenizer, rows)
+    elif tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masks are made from lengths, never from this id
+    generation = getattr(model, "generation_config", None)
+    if generation is None or task != "causal":
+        return
+    if generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id
+    end = end_of_turn(tokenizer)
+    ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    if end is not None and end not in ends:
+        generation.eos_token_id = [end, *(e for e in ends if e is not None)]
+        detail = f"added {tokenizer.convert_ids_to_tokens(end)} to the end tokens"
+        checks.record("before", "generation stops where a turn ends", True, detail=detail)
+
+
+def _require_own_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """A pad token that is no end token: a decoder's class is read at the last token that is not padding, so
+    with pad = eos the final end token would have no say."""
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        taken = {tokenizer.eos_token, tokenizer.bos_token}
+        special = [tokenizer.unk_token, *tokenizer.all_special_tokens]
+        free = [token for token in special if token and token not in taken]
+        tokenizer.pad_token = free[0] if free else "<|pad|>"
+        if len(tokenizer) > rows:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            structure.embeddings(model).weight.data[rows:] = 0  # never attended to; the same at every load
+        log.info("padding with %s, apart from the end token", tokenizer.pad_token)
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Id of the special token with which the chat template ends an assistant's turn; None without one."""
+    if not tokenizer.chat_template:
+        return None
+    mark = "luthier"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+    rest = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(mark)[2]
+    added = set(tokenizer.added_tokens_decoder)
+    ids = tokenizer(rest, add_special_tokens=False).input_ids
+    return next((token for token in ids if token in added), None)
+
+
+def _load_adapter(
+    source: sources.Source, base_options: dict[str, Any], *, revision: str | None, train: bool
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    path = source.path or _fetch(source, revision)
+    saving.check_files(path)
+    record = sources.record(path)
+    task, trained_for = base_options["task"], record.get("task") or _task_of(path)
+    if trained_for and trained_for != task:
+        raise ModelError(
+            f"Adapter '{source.name}' was trained for {trained_for}, not for {task}.",
+            fix=f"Write task: {trained_for}.",
+        )
+    labels = record.get("id2label")
+    if labels:
+        base_options["num_labels"] = len(labels)
+    model, tokenizer = load(str(source.base), **base_options)
+    if isinstance(model, PeftModel):
+        raise ModelError(
+            f"Adapter '{source.name}' stands on another adapter ('{source.base}').",
+            fix="Merge the lower one into its base first, and save the result as a model.",
+        )
+    if labels:
+        model.config.id2label = {int(i): label for i, label in labels.items()}
+        model.config.label2id = {label: i for i, label in model.config.id2label.items()}
+    _require_same_base(model, record, source)
+    if any((path / file).is_file() for file in TOKENIZER_FILES):
+        tokenizer = _load_tokenizer(source.name, str(path), base_options["trust_remote_code"], None)
+        _fit_tokenizer(model, tokenizer, task)
+    adapted = _put_on(model, path, source.name, train)
+    checks.record("before", "adapter loaded whole", True, len(keys.in_file(path)), detail=source.name)
+    return adapted, tokenizer
+
+
+def _fetch(source: sources.Source, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["adapter_*", "*.json", "*.jinja", "*.model"]
+    try:
+        return Path(snapshot_download(str(source.hub_id), revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Adapter '{source.name}' cannot be fetched: {error}") from error
+
+
+def _task_of(path: Path) -> str | None:
+    tasks = {"CAUSAL_LM": "causal", "SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}
+    return tasks.get(PeftConfig.from_pretrained(str(path)).task_type)
+
+
+def _require_same_base(model: nn.Module, record: dict[str, Any], source: sources.Source) -> None:
+    expected = record.get("base", {}).get("fingerprint")
+    if expected is None:
+        return
+    found = model.luthier_origin["fingerprint"]
+    # float16 is not bfloat16's kind of rounding: there only names and shapes can be compared.
+    if model.dtype == torch.float16:
+        expected, found = expected.split("-")[0], found.split("-")[0]
+    checks.record(
+        "before",
+        "base of the adapter unchanged",
+        found == expected,
+        found,
+        expected,
+        str(source.base),
+        fix="Load the adapter on the model that it was trained on.",
+    )
+
+
+def _put_on(model: PreTrainedModel, path: Path, name: str, train: bool) -> PeftModel:
+    try:
+        adapted = PeftModel.from_pretrained(
+            model, str(path), is_trainable=train, torch_device=str(model.device)
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        raise ModelError(f"Adapter '{name}' does not fit its base: {error}") from error
+    missing, unexpected = keys.adapter_difference(adapted, path)
+    if missing or unexpected:
+        raise ModelError(
+            f"Adapter '{name}' does not fit its base: {keys.difference(missing, unexpected)}",
+            fix=keys.prefix_fix(missing, unexpected) or "Save it again from the model that was trained.",
+        )
+    return adapted

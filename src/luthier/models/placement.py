@@ -1,0 +1,111 @@
+"""dtype, device and attention of a model: decided here and nowhere else, each with its reason.
+
+On a CPU, bfloat16 pays only where there are instructions for it. SmolLM2-135M, forward and backward of
+4 x 256 tokens, two threads (`benchmarks/dtype_cpu.py`): FIGURES
+"""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from luthier.errors import ModelError, did_you_mean
+
+log = logging.getLogger("luthier.models")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a model is held.
+
+    Attributes:
+        dtype: of the weights.
+        device: "cpu", "cuda", "cuda:1", "mps".
+        attn: transformers' `attn_implementation`.
+        autocast: dtype of the matrix products where it differs from the weights', for `torch.autocast`.
+        reason: why, in words for the log and the report.
+    """
+
+    dtype: torch.dtype
+    device: str
+    attn: str
+    reason: str
+    autocast: torch.dtype | None = None
+
+
+def place(
+    dtype: str | torch.dtype = "auto", device: str = "auto", attn: str = "auto", *, train: bool
+) -> Placement:
+    """Choose what is "auto", and check what is given.
+
+    Args:
+        dtype: "auto", a name of torch's ("bfloat16") or its short form ("bf16"), or a `torch.dtype`.
+        train: the model's own weights will learn. They are then held in float32 (an update of 1e-5 of a
+            weight is lost in bfloat16, whose steps are 2^-8 of it) and multiplied in bfloat16 by autocast
+            where that is fast. A frozen model, under an adapter too, is held in the fast dtype itself.
+
+    Raises:
+        ModelError: an unknown name, or a device that is not there.
+    """
+    where, why_device = _device(device)
+    fast, why_fast = _fast_dtype(where)
+    autocast = None
+    if isinstance(dtype, torch.dtype):
+        dtype = _name(dtype)
+    if dtype != "auto":
+        name = SHORT.get(dtype, dtype)
+        if name not in DTYPES:
+            raise ModelError(f"Unknown dtype '{dtype}'.", fix=did_you_mean(dtype, ["auto", *DTYPES, *SHORT]))
+        chosen, why = DTYPES[name], "as asked"
+    elif train and fast != torch.float32:
+        chosen, autocast = torch.float32, fast
+        why = f"the weights learn; products in {_name(fast)} ({why_fast})"
+    else:
+        chosen, why = fast, why_fast
+    if attn == "auto":
+        attn = "sdpa"
+    elif attn not in ATTENTION:
+        raise ModelError(f"Unknown attention '{attn}'.", fix=did_you_mean(attn, ["auto", *ATTENTION]))
+    reason = f"{_name(chosen)} ({why}) on {where} ({why_device}), {attn} attention"
+    log.info("%s", reason)
+    return Placement(chosen, where, attn, reason, autocast)
+
+
+def _device(device: str) -> tuple[str, str]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device == "auto":
+        if accelerator is None:
+            return "cpu", "no accelerator found"
+        return accelerator.type, "the accelerator found"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ModelError(
+            f"Unknown device '{device}'.", fix="Write auto, cpu, cuda, cuda:1 or mps."
+        ) from error
+    if kind != "cpu" and (accelerator is None or accelerator.type != kind):
+        raise ModelError(
+            f"Device '{device}' is not available (found: {accelerator.type if accelerator else 'cpu only'}).",
+            fix="Write device: auto.",
+        )
+    return device, "as asked"
+
+
+def _fast_dtype(device: str) -> tuple[torch.dtype, str]:
+    if device.startswith("cuda"):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU has bfloat16"
+        return torch.float32, "the GPU has no bfloat16"
+    if device == "cpu":
+        if torch.cpu._is_amx_tile_supported():
+            return torch.bfloat16, "the CPU multiplies bfloat16 in AMX tiles"
+        return torch.float32, "bfloat16 is no faster on this CPU"
+    return torch.float32, f"bfloat16 is not proven on {device}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,8 +1,8 @@
 """A partly tuned model saved as its changed weights only.
 
-The file is safetensors: the changed tensors under their names, and in its metadata the hash of all the others. The
-others were frozen, so the hash is that of the base too, and a delta is never put on a base that it does
-not fit.
+The file is safetensors: the changed tensors under their names, and in its metadata the hash of all the
+others. The others were frozen, so the hash is that of the base too, and a delta is never put on a base that
+it does not fit.
 """
 
 import hashlib

@@ -19,9 +19,8 @@ from luthier.tuning.probe import distance, probe_logits
 
 EXACT = 1e-3
 ROUNDED = 0.1
-# An adapter that changes less than this share of the logits has no effect to measure an error against: fp32
-# arithmetic alone moves logits by about 1e-6 of their size.
-SMALLEST_EFFECT = 1e-2
+# An error below this share of the logits is fp32 arithmetic, however small the adapter's effect.
+NOISE = 1e-5
 
 
 def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -33,9 +32,9 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         dtype: of the merged weights; default: the base's own.
 
     Raises:
-        MethodError: the base is quantised, or the adapter is not one that folds into weights. CheckError:
-        the merged model differs from the unmerged one by more than 1e-3 of the adapter's effect in
-            fp32, or by more than 10% of it after rounding to `dtype`.
+        MethodError: the base is quantised, or the adapter is not one that folds into weights.
+        CheckError: the merged model differs from the unmerged one by more than 1e-3 of the adapter's
+            effect in fp32, or by more than 10% of it after rounding to `dtype`.
     """
     if not isinstance(model, PeftModel):
         return model
@@ -43,14 +42,12 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     _require_mergeable(model)
     own = {n.replace(".base_layer.", "."): p.dtype for n, p in model.get_base_model().named_parameters()}
     base_dtype = next(iter(own.values()))
-    for (
-        parameter
-    ) in model.parameters():  # not model.float(): buffers such as RoPE's have a precision of their own
+    # Not model.float(): buffers such as RoPE's have a precision of their own.
+    for parameter in model.parameters():
         parameter.data = parameter.data.float()
     adapted = probe_logits(model)
     with model.disable_adapter():
         base = probe_logits(model)
-    scale = adapted - base if distance(adapted, base) > SMALLEST_EFFECT else SMALLEST_EFFECT * base
 
     shared = _split_shared(model)
     try:
@@ -63,17 +60,18 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     merged.luthier_tuning = None
 
     name = type(config).__module__.rsplit(".", 1)[-1]
-    _prove(merged, adapted, scale, EXACT, f"merged = unmerged ({name}, float32)")
+    _prove(merged, adapted, base, EXACT, f"merged = unmerged ({name}, float32)")
     # Weights that the architecture keeps in another precision than the rest stay in it.
     final = {
         n: dtype or base_dtype if own.get(n, base_dtype) == base_dtype else own[n]
         for n, _ in merged.named_parameters()
     }
     if set(final.values()) != {torch.float32}:
-        for n, parameter in merged.named_parameters():  # rounded, but still computed with in fp32
+        # Rounded, but still computed with in fp32: the probe sees the rounding alone.
+        for n, parameter in merged.named_parameters():
             parameter.data = parameter.data.to(final[n]).float()
         rounded = str(dtype or base_dtype).removeprefix("torch.")
-        _prove(merged, adapted, scale, ROUNDED, f"merged = unmerged ({name}, {rounded})")
+        _prove(merged, adapted, base, ROUNDED, f"merged = unmerged ({name}, {rounded})")
         for n, parameter in merged.named_parameters():
             parameter.data = parameter.data.to(final[n])
     return merged
@@ -126,8 +124,10 @@ def _join_equal(model: nn.Module, shared: list[list[str]]) -> None:
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def _prove(model: nn.Module, adapted: torch.Tensor, scale: torch.Tensor, tolerance: float, name: str) -> None:
-    error = distance(probe_logits(model), adapted, scale)
+def _prove(model: nn.Module, adapted: torch.Tensor, base: torch.Tensor, tolerance: float, name: str) -> None:
+    least = NOISE / tolerance
+    effect = adapted - base if distance(adapted, base) > least else least * base
+    error = distance(probe_logits(model), adapted, effect)
     checks.record(
         "merge",
         name,

@@ -1,0 +1,165 @@
+"""Merging: the merged model is the unmerged one, whatever is tied; what would lose the adapter is refused."""
+
+import peft
+import pytest
+import small_training as training
+import tiny
+import torch
+
+from luthier import checks, method
+from luthier.errors import CheckError, MethodError
+from luthier.tuning.attach import attach
+from luthier.tuning.merge import merge
+
+
+def disturb(model, size=0.05, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += size * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def half(model):
+    """bfloat16 weights, as `from_pretrained` gives them: buffers keep their precision."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model
+
+
+def lora(model, size=0.05, **options):
+    torch.manual_seed(0)
+    return disturb(attach(model, method("lora")(r=4, **options)), size)
+
+
+def reloaded(model, folder):
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder)
+
+
+def tied_pair(model):
+    """Adapters on embeddings and head that PEFT keeps equal."""
+    return lora(model, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+
+
+def test_plain_peft_changes_the_model_when_it_merges_on_tied_weights():
+    """What is planted: without this fault the tests below would prove nothing."""
+    for build in (lambda m: lora(m, target_modules=["lm_head"]), tied_pair):
+        model = build(tiny.llama())
+        expected = training.logits(model)
+        merged = model.merge_and_unload()
+        assert (training.logits(merged) - expected).abs().max() > 0.1
+
+
+def test_a_tied_head_with_an_adapter_of_its_own_is_untied(tmp_path):
+    model = lora(tiny.llama(), target_modules=["lm_head"])
+    expected = training.logits(model)
+    embeddings = tiny.llama().get_input_embeddings().weight
+    merged = merge(model)
+    assert torch.allclose(training.logits(merged), expected, atol=1e-4)
+    assert merged.config.tie_word_embeddings is False
+    loaded = reloaded(merged, tmp_path)
+    assert torch.equal(training.logits(loaded), training.logits(merged))
+    assert torch.equal(loaded.get_input_embeddings().weight, embeddings)
+
+
+def test_tied_embeddings_with_an_adapter_of_their_own_are_untied(tmp_path):
+    model = lora(tiny.llama(), target_modules=["embed_tokens"])
+    expected = training.logits(model)
+    merged = merge(model)
+    assert torch.allclose(training.logits(merged), expected, atol=1e-4)
+    assert torch.equal(merged.get_output_embeddings().weight, tiny.llama().get_output_embeddings().weight)
+    assert torch.equal(training.logits(reloaded(merged, tmp_path)), training.logits(merged))
+
+
+def test_tied_adapters_are_merged_once_and_stay_tied(tmp_path):
+    model = tied_pair(tiny.llama())
+    expected = training.logits(model)
+    merged = merge(model)
+    assert torch.allclose(training.logits(merged), expected, atol=1e-4)
+    assert merged.config.tie_word_embeddings is True
+    assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    assert torch.equal(training.logits(reloaded(merged, tmp_path)), training.logits(merged))
+
+
+def test_a_trained_head_beside_tied_embeddings_survives(tmp_path):
+    model = lora(tiny.llama(), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    expected = training.logits(model)
+    merged = merge(model)
+    assert torch.allclose(training.logits(merged), expected, atol=1e-4)
+    assert torch.allclose(training.logits(reloaded(merged, tmp_path)), expected, atol=1e-4)
+
+
+def test_untouched_ties_stay():
+    merged = merge(lora(tiny.llama()))
+    assert merged.config.tie_word_embeddings is True
+    assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+
+
+def test_an_architecture_that_cannot_be_untied_is_refused():
+    with pytest.raises(MethodError, match="always ties"):
+        merge(lora(tiny.t5(), target_modules=["lm_head"]))
+
+
+def test_half_precision_is_merged_in_fp32_and_rounded_once():
+    model = lora(half(tiny.llama()), size=0.2)
+    base = {n: p.detach().clone() for n, p in half(tiny.llama()).named_parameters()}
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    a, b = layer.lora_A["default"].weight.detach().float(), layer.lora_B["default"].weight.detach().float()
+    expected = (base["model.layers.0.mlp.up_proj.weight"].float() + 8 * b @ a).bfloat16()
+    merged = merge(model)
+    assert torch.equal(merged.model.layers[0].mlp.up_proj.weight, expected)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert merged.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_an_adapter_smaller_than_the_rounding_is_refused_and_fp32_keeps_it():
+    with pytest.raises(CheckError, match=r"bfloat16.*adapter separate"):
+        merge(lora(half(tiny.llama()), size=0.0003))
+    model = lora(half(tiny.llama()), size=0.0003)
+    merged = merge(model, dtype=torch.float32)
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
+
+
+def test_the_error_is_recorded_relative_to_the_effect():
+    with checks.collect() as lines:
+        merge(lora(half(tiny.llama()), size=0.2))
+    assert [(line.when, line.name) for line in lines if line.when == "merge"] == [
+        ("merge", "merged = unmerged (lora, float32)"),
+        ("merge", "merged = unmerged (lora, bfloat16)"),
+    ]
+    exact, rounded = (line.value for line in lines if line.when == "merge")
+    assert exact < 1e-5 < rounded < 0.1
+
+
+def test_a_merge_that_goes_wrong_is_refused(monkeypatch):
+    model = lora(tiny.llama())
+    original = peft.tuners.lora.Linear.get_delta_weight
+    monkeypatch.setattr(peft.tuners.lora.Linear, "get_delta_weight", lambda *a: 1.1 * original(*a))
+    with pytest.raises(CheckError, match="merged = unmerged"):
+        merge(model)
+
+
+def test_a_broken_adapter_is_refused():
+    model = lora(tiny.llama())
+    next(p for n, p in model.named_parameters() if "lora_B" in n).data.fill_(float("nan"))
+    with pytest.raises(CheckError, match="cannot be merged"):
+        merge(model)
+
+
+def test_a_prompt_cannot_be_merged():
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(MethodError, match="no change of weights"):
+        merge(peft.get_peft_model(tiny.llama(), config))
+
+
+def test_a_model_without_adapter_is_returned_as_it_is():
+    model = tiny.llama()
+    assert merge(model) is model
+
+
+def test_a_fresh_adapter_merges_to_the_base():
+    torch.manual_seed(0)
+    merged = merge(attach(tiny.llama(), method("lora")(r=4)))
+    for name, parameter in tiny.llama().named_parameters():
+        assert torch.equal(parameter, merged.get_parameter(name))

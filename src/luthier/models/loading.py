@@ -10,20 +10,18 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from luthier import checks
 from luthier.errors import ModelError, did_you_mean
-from luthier.models import gguf, keys, saving, sources, structure
+from luthier.models import gguf, keys, saving, sources, structure, tokens
 from luthier.models.placement import Placement, place
 
 log = logging.getLogger("luthier.models")
@@ -33,8 +31,6 @@ AUTO: dict[str, Any] = {
     "classification": AutoModelForSequenceClassification,
     "seq2seq": AutoModelForSeq2SeqLM,
 }
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-FAILURES = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
 
 
 def load(
@@ -76,8 +72,8 @@ def load(
         saving.check_files(path)
     place_on_disk = str(path or source.hub_id)
     model = _load_model(source.name, place_on_disk, where, revision=revision, **options)
-    tokenizer = _load_tokenizer(source.name, place_on_disk, trust_remote_code, revision)
-    _fit_tokenizer(model, tokenizer, task)
+    tokenizer = tokens.load(source.name, place_on_disk, trust_remote_code, revision)
+    tokens.fit(model, tokenizer, task)
     known = source.name if source.kind in ("alias", "hub") else str(Path(source.name).expanduser().resolve())
     model.luthier_origin = {"name": known, "revision": revision, "fingerprint": saving.fingerprint(model)}
     return model, tokenizer
@@ -110,7 +106,7 @@ def _load_model(
         )
     except torch.OutOfMemoryError:
         raise
-    except FAILURES as error:
+    except tokens.FAILURES as error:
         raise _explained(error, name, task) from error
     _require_all_keys(model, info, name, task)
     return model
@@ -164,75 +160,6 @@ def _announce(model: PreTrainedModel, new: list[str], left_out: list[str]) -> No
     checks.record("before", "new classification head", True, len(new), detail=detail)
 
 
-def _load_tokenizer(
-    name: str, path: str, trust_remote_code: bool, revision: str | None
-) -> PreTrainedTokenizerBase:
-    # Without its files transformers makes an empty tokenizer of the model's kind.
-    if Path(path).is_dir() and not any((Path(path) / file).is_file() for file in TOKENIZER_FILES):
-        raise ModelError(
-            f"Model '{name}' has no tokenizer (looked for {', '.join(TOKENIZER_FILES)} in {path}).",
-            fix="Save the tokenizer into the same folder: luthier.save(model, folder, tokenizer).",
-        )
-    options = {} if revision is None else {"revision": revision}
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
-    except FAILURES as error:
-        raise ModelError(f"The tokenizer of '{name}' cannot be loaded: {error}") from error
-
-
-def _fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str) -> None:
-    """Make model and tokenizer agree on padding and on the token that ends a turn."""
-    rows = structure.embeddings(model).weight.shape[0]
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= rows:
-        raise ModelError(
-            f"The tokenizer has ids up to {largest}, but the model's embedding has {rows} rows.",
-            fix="Use the tokenizer that the model was saved with.",
-        )
-    if task == "classification":
-        _require_own_pad(model, tokenizer, rows)
-    elif tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masks are made from lengths, never from this id
-    generation = getattr(model, "generation_config", None)
-    if generation is None or task != "causal":
-        return
-    if generation.pad_token_id is None:
-        generation.pad_token_id = tokenizer.pad_token_id
-    end = end_of_turn(tokenizer)
-    ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-    if end is not None and end not in ends:
-        generation.eos_token_id = [end, *(e for e in ends if e is not None)]
-        detail = f"added {tokenizer.convert_ids_to_tokens(end)} to the end tokens"
-        checks.record("before", "generation stops where a turn ends", True, detail=detail)
-
-
-def _require_own_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """A pad token that is no end token: a decoder's class is read at the last token that is not padding, so
-    with pad = eos the final end token would have no say."""
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        taken = {tokenizer.eos_token, tokenizer.bos_token}
-        special = [tokenizer.unk_token, *tokenizer.all_special_tokens]
-        free = [token for token in special if token and token not in taken]
-        tokenizer.pad_token = free[0] if free else "<|pad|>"
-        if len(tokenizer) > rows:
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-            structure.embeddings(model).weight.data[rows:] = 0  # never attended to; the same at every load
-        log.info("padding with %s, apart from the end token", tokenizer.pad_token)
-    model.config.pad_token_id = tokenizer.pad_token_id
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Id of the special token with which the chat template ends an assistant's turn; None without one."""
-    if not tokenizer.chat_template:
-        return None
-    mark = "luthier"
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
-    rest = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(mark)[2]
-    added = set(tokenizer.added_tokens_decoder)
-    ids = tokenizer(rest, add_special_tokens=False).input_ids
-    return next((token for token in ids if token in added), None)
-
-
 def _load_adapter(
     source: sources.Source, base_options: dict[str, Any], *, revision: str | None, train: bool
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -258,9 +185,9 @@ def _load_adapter(
         model.config.id2label = {int(i): label for i, label in labels.items()}
         model.config.label2id = {label: i for i, label in model.config.id2label.items()}
     _require_same_base(model, record, source)
-    if any((path / file).is_file() for file in TOKENIZER_FILES):
-        tokenizer = _load_tokenizer(source.name, str(path), base_options["trust_remote_code"], None)
-        _fit_tokenizer(model, tokenizer, task)
+    if any((path / file).is_file() for file in tokens.FILES):
+        tokenizer = tokens.load(source.name, str(path), base_options["trust_remote_code"], None)
+        tokens.fit(model, tokenizer, task)
     adapted = _put_on(model, path, source.name, train)
     checks.record("before", "adapter loaded whole", True, len(keys.in_file(path)), detail=source.name)
     return adapted, tokenizer
@@ -307,7 +234,7 @@ def _put_on(model: PreTrainedModel, path: Path, name: str, train: bool) -> PeftM
         )
     except torch.OutOfMemoryError:
         raise
-    except FAILURES as error:
+    except tokens.FAILURES as error:
         raise ModelError(f"Adapter '{name}' does not fit its base: {error}") from error
     missing, unexpected = keys.adapter_difference(adapted, path)
     if missing or unexpected:

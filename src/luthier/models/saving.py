@@ -8,23 +8,46 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import luthier
+from luthier import checks
 from luthier.errors import ModelError
-from luthier.models import sources, structure
+from luthier.models import sources, structure, tokens
 from luthier.resources import explain
+from luthier.tuning.probe import distance, evaluating, probe_inputs
 
 log = logging.getLogger("luthier.models")
 
+AUTO_CLASSES = {
+    "causal": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    None: "AutoModel",
+}
+SCRIPT = Path(__file__).with_name("reload.py")
+NEW_TOKENS = 8
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
+TOLERANCE_HALF = 1e-3  # the same computation on the same machine: mostly equal to the bit
+TEXTS = ["The order 4711 came on 3 May.", '  Füße\n\t漢字 {"a": 1}', ""]
+CHAT = [
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi!"},
+    {"role": "user", "content": "?"},
+]
 SAMPLES = 4096  # elements of each parameter that enter a fingerprint
 
 
@@ -51,8 +74,9 @@ def save(model: nn.Module, folder: Path | str, tokenizer: PreTrainedTokenizerBas
         content = json.dumps(_record(model, draft), indent=1)
         (draft / sources.RECORD).write_text(content, encoding="utf-8")
         _publish(draft, folder)
-    except SafetensorError as error:  # safetensors reports a full disk as an error of its own
-        raise explain(OSError(str(error)), folder) from error
+    except SafetensorError as error:  # this is how safetensors reports a full disk
+        code = re.search(r"os error (\d+)", str(error))
+        raise explain(OSError(int(code[1]) if code else 0, str(error)), folder) from error
     except OSError as error:
         raise explain(error, folder) from error
     finally:
@@ -78,6 +102,123 @@ def fingerprint(model: nn.Module) -> str:
         sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].to("cpu", torch.bfloat16).contiguous()
         weights.update(sample.view(torch.uint8).numpy().tobytes())
     return f"{names.hexdigest()[:12]}-{weights.hexdigest()[:20]}"
+
+
+def verify_export(
+    folder: Path | str,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    probe_ids: Tensor | None = None,
+) -> None:
+    """Prove that a saved folder is the model: load it in a fresh process without luthier, and compare.
+
+    Compared are the logits of a probe, a few greedily generated tokens, and the token ids of some texts and
+    of a chat; and generation must stop at the token that ends a turn of the chat template.
+
+    Args:
+        folder: what `save` wrote.
+        model: the model as it is in memory.
+        tokenizer: the tokenizer that was saved with it.
+        probe_ids: token ids (batch, seq) without padding; a few drawn ones by default.
+
+    Raises:
+        CheckError: something differs.
+        ModelError: the folder cannot be loaded.
+    """
+    folder = Path(folder).absolute()
+    inputs = probe_inputs(model)
+    if probe_ids is not None:
+        inputs["input_ids"] = probe_ids.to(model.device)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if "decoder_input_ids" in inputs:
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+    generates = structure.task(model) in ("causal", "seq2seq")
+    found, metadata = _in_fresh_process(_request(folder, model, tokenizer, generates), inputs)
+    with evaluating(model):
+        logits = model(**inputs).logits.float().cpu()
+        inputs.pop("decoder_input_ids", None)
+        length = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
+        generated = model.generate(**inputs, do_sample=False, **length).cpu() if generates else None
+    tolerance = TOLERANCE.get(structure.base(model).dtype, TOLERANCE_HALF)
+    error = distance(found["logits"], logits)
+    fix = "Do not use the folder; report this with the recipe that made it."
+    checks.record("export", "logits after reload", error <= tolerance, error, tolerance, folder.name, fix=fix)
+    if generated is not None:
+        differing = int((found["generated"] != generated).sum())
+        checks.record("export", "generated tokens after reload", not differing, differing, 0, fix=fix)
+    if tokenizer is not None:
+        _prove_tokens(model, tokenizer, json.loads(metadata["tokens"]), json.loads(metadata["ends"]))
+
+
+def _request(
+    folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, generates: bool
+) -> dict[str, Any]:
+    base = structure.base(model)
+    adapter = isinstance(model, PeftModel)
+    remote = type(base).__module__.startswith("transformers_modules")
+    options: dict[str, Any] = {"attn_implementation": base.config._attn_implementation}
+    if remote:
+        options["trust_remote_code"] = True
+    if adapter:  # the base is loaded as it was here, whatever dtype its folder has
+        options["dtype"] = str(base.dtype).removeprefix("torch.")
+        if structure.task(model) == "classification":
+            options |= {"num_labels": base.config.num_labels, "pad_token_id": base.config.pad_token_id}
+    return {
+        "folder": str(folder),
+        "base": base.name_or_path if adapter else str(folder),
+        "adapter": str(folder) if adapter else None,
+        "class": AUTO_CLASSES[structure.task(model)] if remote else type(base).__name__,
+        "options": options,
+        "device": str(base.device),
+        "threads": torch.get_num_threads(),
+        "new_tokens": NEW_TOKENS if generates else 0,
+        "texts": TEXTS if tokenizer is not None else [],
+        "chat": CHAT if tokenizer is not None and tokenizer.chat_template else [],
+    }
+
+
+def _in_fresh_process(request: dict[str, Any], inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
+    with tempfile.TemporaryDirectory(prefix="luthier-") as name:
+        place = Path(name)
+        (place / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        save_file(
+            {key: value.cpu().contiguous() for key, value in inputs.items()}, place / "inputs.safetensors"
+        )
+        files = [str(place / file) for file in ("request.json", "inputs.safetensors", "answer.safetensors")]
+        # -I: neither the working directory nor PYTHONPATH can lend the folder what it lacks.
+        done = subprocess.run([sys.executable, "-I", str(SCRIPT), *files], capture_output=True, text=True)
+        if done.returncode:
+            raise ModelError(
+                f"{request['folder']} cannot be loaded in a fresh process: "
+                + " ".join(done.stderr.strip().splitlines()[-3:])[-800:]
+            )
+        with safe_open(files[-1], framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def _prove_tokens(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, found: list[list[int]], ends: int | list[int] | None
+) -> None:
+    expected = [tokenizer(text).input_ids for text in TEXTS]
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+        expected.append(tokenizer(str(text), add_special_tokens=False).input_ids)
+    same = sum(a == b for a, b in zip(found, expected, strict=True))
+    checks.record(
+        "export", "token ids after reload", found == expected, same, len(expected), "texts and chat"
+    )
+    end = tokens.end_of_turn(tokenizer)
+    if end is not None and structure.task(model) == "causal":
+        token = tokenizer.convert_ids_to_tokens(end)
+        checks.record(
+            "export",
+            "generation stops where a turn ends",
+            end in (ends if isinstance(ends, list) else [ends]),
+            str(ends),
+            detail=f"{token} is {end}",
+            fix=f"Set model.generation_config.eos_token_id to {end} before saving.",
+            refuse=not isinstance(model, PeftModel),  # an adapter's generation config is its base's
+        )
 
 
 def check_files(folder: Path) -> None:

@@ -89,12 +89,16 @@ def fingerprint(model: nn.Module) -> str:
     """A short text that tells whether two models have the same weights, whatever dtype they were loaded in.
 
     Two parts, "names-weights": of the names and shapes of the parameters, and of up to 4096 elements of each,
-    rounded to bfloat16. Of a `PeftModel` it is the base's, as far as the adapter left it unchanged.
+    rounded to bfloat16. Of a `PeftModel` it is the base's, as far as the adapter left it unchanged; of a
+    classifier it leaves out what lies above the last block, which may be new and random at each load.
     """
     names, weights = hashlib.sha256(), hashlib.sha256()
     prefix = getattr(model.base_model, "prefix", None) if isinstance(model, PeftModel) else None
-    for name, parameter in structure.base(model).named_parameters():
-        if (prefix and prefix in name) or ".modules_to_save." in name:
+    base = structure.base(model)
+    above = structure.groups(base)[-1][1] if structure.task(model) == "classification" else []
+    skipped = {name for name, _ in above}
+    for name, parameter in base.named_parameters():
+        if (prefix and prefix in name) or ".modules_to_save." in name or name in skipped:
             continue
         name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
         names.update(f"{name}{tuple(parameter.shape)}".encode())
@@ -131,7 +135,7 @@ def verify_export(
         inputs["input_ids"] = probe_ids.to(model.device)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if "decoder_input_ids" in inputs:
-            inputs["decoder_input_ids"] = inputs["input_ids"]
+            inputs["decoder_input_ids"] = inputs["input_ids"].clone()
     generates = structure.task(model) in ("causal", "seq2seq")
     found, metadata = _in_fresh_process(_request(folder, model, tokenizer, generates), inputs)
     with evaluating(model):

@@ -1,0 +1,60 @@
+"""dtype, device and attention are chosen in one place, with the reason."""
+
+import pytest
+import torch
+
+from luthier.errors import ModelError
+from luthier.models.placement import place
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    """A machine without accelerator, whose CPU has AMX or not."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+
+    def choose(amx: bool):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+
+    return choose
+
+
+def test_frozen_weights_are_bfloat16_only_where_that_is_fast(cpu):
+    cpu(amx=True)
+    found = place(train=False)
+    assert (found.dtype, found.device, found.attn, found.autocast) == (torch.bfloat16, "cpu", "sdpa", None)
+    assert "AMX" in found.reason
+    cpu(amx=False)
+    assert place(train=False).dtype == torch.float32
+
+
+def test_weights_that_learn_stay_float32(cpu):
+    """The smallest step of bfloat16 is 2^-8 of a weight: what AdamW adds at a rate of 1e-5 is lost in it."""
+    cpu(amx=True)
+    found = place(train=True)
+    assert (found.dtype, found.autocast) == (torch.float32, torch.bfloat16)
+    weight = torch.ones(1, dtype=torch.bfloat16)
+    assert weight - 1e-5 == weight
+    cpu(amx=False)
+    assert place(train=True).autocast is None
+
+
+def test_what_is_given_is_taken(cpu):
+    cpu(amx=True)
+    found = place("fp32", "cpu", "eager", train=False)
+    assert (found.dtype, found.attn) == (torch.float32, "eager")
+    assert "as asked" in found.reason
+    assert place(torch.float16, train=True).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bfloat"}, "Unknown dtype.*'bfloat16'"),
+        ({"device": "gpu"}, "Unknown device 'gpu'"),
+        ({"device": "cuda"}, "not available.*cpu only"),
+        ({"attn": "flash"}, "Unknown attention.*flash_attention_2"),
+    ],
+)
+def test_unknown_names_are_refused(cpu, options, message):
+    with pytest.raises(ModelError, match=message):
+        place(**options, train=False)

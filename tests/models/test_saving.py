@@ -1,0 +1,169 @@
+"""A saved folder appears whole, stands on its own, and is proven to be the model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import peft
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import luthier
+from luthier import checks
+from luthier.errors import CheckError, ModelError, ResourceError
+from luthier.models.saving import fingerprint, verify_export
+
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+def lora(model, **options):
+    defaults = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
+    return peft.get_peft_model(model, peft.LoraConfig(**defaults | options)).eval()
+
+
+def test_only_safetensors_and_text_are_written(tmp_path, tiny_llama, tiny_tokenizer):
+    path = luthier.save(tiny_llama, tmp_path / "m", tiny_tokenizer)
+    kinds = {file.suffix for file in path.iterdir()}
+    assert kinds == {".safetensors", ".json", ".jinja"}
+    listed = json.loads((path / "luthier.json").read_text())["files"]
+    assert set(listed) == {file.name for file in path.iterdir()} - {"luthier.json"}
+
+
+def test_transformers_alone_loads_it(tmp_path, tiny_llama, tiny_tokenizer):
+    tiny_llama.generation_config.max_new_tokens = 77
+    path = luthier.save(tiny_llama, tmp_path / "m", tiny_tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert torch.equal(model(IDS).logits, tiny_llama(IDS).logits)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.generation_config.max_new_tokens == 77
+    assert AutoTokenizer.from_pretrained(path).chat_template == tiny.CHATML
+    assert "lm_head.weight" not in load_file(path / "model.safetensors")
+
+
+def test_invalid_generation_config_is_refused_before_anything_is_there(tmp_path, tiny_llama):
+    tiny_llama.generation_config.temperature = 0.1
+    with pytest.raises(ModelError, match="temperature"):
+        luthier.save(tiny_llama, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_own_folder_is_replaced_and_another_refused(tmp_path, tiny_llama, tiny_tokenizer):
+    path = luthier.save(tiny_llama, tmp_path / "m", tiny_tokenizer)
+    other = tiny.llama(seed=1)
+    luthier.save(other, path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(path)(IDS).logits, other(IDS).logits)
+    assert not (path / "tokenizer.json").exists()
+    (path / "notes.txt").write_text("mine")
+    with pytest.raises(ModelError, match=r"notes\.txt"):
+        luthier.save(other, path)
+    assert (path / "notes.txt").read_text() == "mine"
+    with pytest.raises(ModelError, match="is a file"):
+        luthier.save(other, path / "notes.txt")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_folder_that_cannot_be_written_is_said(tmp_path, tiny_llama):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="Cannot write"):
+        luthier.save(tiny_llama, tmp_path / "file" / "m")
+
+
+def test_kill_during_saving_leaves_the_former_folder(tmp_path, tiny_llama, tiny_tokenizer):
+    """Real kills, spread over the saving: the folder is the old model or the new one, never a mixture."""
+    path = luthier.save(tiny_llama, tmp_path / "m", tiny_tokenizer)
+    code = (
+        "import sys, tiny, luthier, torch\n"
+        "from luthier.models import saving\n"
+        "model, tokenizer = tiny.llama(seed=1, intermediate_size=4096), tiny.tokenizer()\n"
+        "print('ready', flush=True)\n"
+        "while True: luthier.save(model, sys.argv[1], tokenizer)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(tiny.__file__), "OMP_NUM_THREADS": "1"}
+    for delay in (0.01, 0.03, 0.07):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(path)], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if path.is_dir():
+            luthier.load(path)
+        else:  # killed between the two renames: the former folder is beside, whole
+            former = next(p for p in tmp_path.iterdir() if p.name.endswith(".former"))
+            luthier.load(former)
+            former.rename(path)
+
+
+class TestFingerprint:
+    def test_is_the_same_in_every_dtype_and_under_an_adapter(self, tiny_llama):
+        expected = fingerprint(tiny_llama)
+        assert fingerprint(tiny.llama().to(torch.bfloat16)) == expected
+        assert fingerprint(lora(tiny.llama())) == expected
+        assert fingerprint(lora(tiny.llama(), modules_to_save=["lm_head"])) == expected
+
+    def test_tells_models_apart(self, tiny_llama):
+        expected = fingerprint(tiny_llama)
+        assert fingerprint(tiny.llama(seed=1)) != expected
+        assert fingerprint(tiny.llama(num_hidden_layers=3)).split("-")[0] != expected.split("-")[0]
+        with torch.no_grad():
+            tiny_llama.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+        assert fingerprint(tiny_llama) != expected
+
+
+class TestExport:
+    @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+    def test_whole_model_is_proven(self, name, tmp_path, tiny_tokenizer):
+        model = getattr(tiny, name)()
+        path = luthier.save(model, tmp_path / "m", tiny_tokenizer)
+        with checks.collect() as lines:
+            verify_export(path, model, tiny_tokenizer, IDS)
+        found = {line.name: line.value for line in lines}
+        assert found["logits after reload"] == 0
+        assert found["token ids after reload"] == 4
+        assert ("generated tokens after reload" in found) == (name != "bert")
+
+    def test_adapter_is_proven_on_its_base(self, tmp_path, tiny_tokenizer):
+        base = luthier.save(tiny.llama(), tmp_path / "base", tiny_tokenizer)
+        model, tokenizer = luthier.load(base)
+        adapted = lora(model, task_type="CAUSAL_LM")
+        path = luthier.save(adapted, tmp_path / "adapter", tokenizer)
+        with checks.collect() as lines:
+            verify_export(path, adapted, tokenizer, IDS)
+        assert all(line.passed for line in lines)
+        assert len(lines) == 4
+
+    def test_weights_that_do_not_load_are_found(self, tmp_path, tiny_llama, tiny_tokenizer):
+        path = luthier.save(tiny_llama, tmp_path / "m", tiny_tokenizer)
+        tensors = load_file(path / "model.safetensors")
+        save_file({f"x.{k}": v for k, v in tensors.items()}, path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckError, match="logits after reload"):
+            verify_export(path, tiny_llama, tiny_tokenizer, IDS)
+
+    def test_another_template_is_found(self, tmp_path, tiny_llama, tiny_tokenizer):
+        """Training and serving with different templates: the ids of a chat differ."""
+        path = luthier.save(tiny_llama, tmp_path / "m", tiny_tokenizer)
+        template = path / "chat_template.jinja"
+        template.write_text(template.read_text().replace("<|im_end|>", "</s>"))
+        with pytest.raises(CheckError, match="token ids after reload"):
+            verify_export(path, tiny_llama, tiny_tokenizer, IDS)
+
+    def test_missing_end_token_is_found(self, tmp_path, tiny_llama, tiny_tokenizer):
+        tiny_llama.generation_config.eos_token_id = tiny.END_OF_TEXT
+        path = luthier.save(tiny_llama, tmp_path / "m", tiny_tokenizer)
+        with pytest.raises(CheckError, match=r"stops where a turn ends.*eos_token_id to 3"):
+            verify_export(path, tiny_llama, tiny_tokenizer, IDS)
+
+    def test_folder_that_needs_luthier_is_found(self, tmp_path, tiny_llama, tiny_tokenizer):
+        path = luthier.save(tiny_llama, tmp_path / "m", tiny_tokenizer)
+        config = json.loads((path / "config.json").read_text()) | {"model_type": "of-luthier-only"}
+        (path / "config.json").write_text(json.dumps(config))
+        (path / "tokenizer.json").unlink()
+        with pytest.raises(ModelError, match="cannot be loaded in a fresh process"):
+            verify_export(path, tiny_llama, tiny_tokenizer, IDS)

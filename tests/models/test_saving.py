@@ -117,6 +117,49 @@ class TestFingerprint:
         assert fingerprint(tiny_llama) != expected
 
 
+class TestBaseOfAdapter:
+    @pytest.fixture
+    def base(self, tmp_path, tiny_tokenizer):
+        model, _ = luthier.load(
+            luthier.save(tiny.llama(), tmp_path / "base", tiny_tokenizer), dtype="float32"
+        )
+        return model
+
+    def test_base_that_was_trained_before_is_refused(self, base, tmp_path):
+        """Saved alone, the adapter would be put on the weights from before that training."""
+        with torch.no_grad():
+            base.model.layers[0].mlp.up_proj.weight.add_(0.1)
+        with pytest.raises(ModelError, match=r"no longer .*its weights have changed"):
+            luthier.save(lora(base), tmp_path / "adapter")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+            {"target_modules": ["embed_tokens", "v_proj"]},
+            {"trainable_token_indices": [3, 5]},
+            {"use_dora": True},
+        ],
+    )
+    def test_base_is_recognised_under_every_wrapper(self, base, tmp_path, options):
+        adapted = lora(base, **options)
+        path = luthier.save(adapted, tmp_path / "adapter")
+        loaded, _ = luthier.load(path, dtype="float32")
+        assert torch.equal(loaded(IDS).logits, adapted(IDS).logits)
+
+    def test_initialisation_that_changes_the_base_fits_the_original(self, base, tmp_path):
+        config = luthier.method("lora")(r=2, init_lora_weights="pissa", task_type="CAUSAL_LM")
+        adapted = luthier.attach(base, config)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_B" in name:
+                    parameter.add_(0.05)
+        adapted.eval()
+        loaded, _ = luthier.load(luthier.save(adapted, tmp_path / "adapter"), dtype="float32")
+        torch.testing.assert_close(loaded(IDS).logits, adapted(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
 class TestExport:
     @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
     def test_whole_model_is_proven(self, name, tmp_path, tiny_tokenizer):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,7 +28,9 @@ from luthier import checks
 from luthier.errors import ModelError
 from luthier.models import sources, structure, tokens
 from luthier.resources import explain
+from luthier.tuning.hooks import save_adapter
 from luthier.tuning.probe import distance, evaluating, probe_inputs
+from luthier.tuning.residual import changes_base
 
 log = logging.getLogger("luthier.models")
 
@@ -100,7 +102,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, parameter in base.named_parameters():
         if (prefix and prefix in name) or ".modules_to_save." in name or name in skipped:
             continue
-        name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        name = re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name)
         names.update(f"{name}{tuple(parameter.shape)}".encode())
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].to("cpu", torch.bfloat16).contiguous()
@@ -276,18 +278,13 @@ def _require_free(folder: Path) -> None:
 
 
 def _write(model: nn.Module, draft: Path) -> None:
-    if not isinstance(model, PeftModel):
-        try:
-            model.save_pretrained(str(draft))
-        except ValueError as error:
-            raise ModelError(f"The model cannot be saved: {error}") from error
+    if isinstance(model, PeftModel):
+        save_adapter(model, draft)
         return
-    config = model.peft_config[model.active_adapter]
-    # A method whose initialisation changed the base (PiSSA) writes an adapter that fits the original base.
-    if hasattr(config, "save_adapter"):
-        config.save_adapter(model, draft)
-    else:
+    try:
         model.save_pretrained(str(draft))
+    except ValueError as error:
+        raise ModelError(f"The model cannot be saved: {error}") from error
 
 
 def _record(model: nn.Module, draft: Path) -> dict[str, Any]:
@@ -295,8 +292,7 @@ def _record(model: nn.Module, draft: Path) -> dict[str, Any]:
     record: dict[str, Any] = {"luthier": luthier.__version__, "class": type(base).__name__}
     record["task"] = structure.task(model)
     if isinstance(model, PeftModel):
-        known = getattr(base, "luthier_origin", None)
-        record["base"] = known or {"name": base.name_or_path, "fingerprint": fingerprint(model)}
+        record["base"] = _base(model)
         if record["task"] == "classification":
             record["id2label"] = base.config.id2label
     record["files"] = {
@@ -304,6 +300,31 @@ def _record(model: nn.Module, draft: Path) -> dict[str, Any]:
         for path in sorted(draft.iterdir())
     }
     return record
+
+
+def _base(model: PeftModel) -> dict[str, Any]:
+    """Name and fingerprint of the model that an adapter belongs to, as it was loaded.
+
+    Raises:
+        ModelError: the base has changed since then in a way that the adapter does not hold.
+    """
+    found = fingerprint(model)
+    base = model.get_base_model()
+    known = getattr(base, "luthier_origin", None)
+    if known is None:
+        return {"name": base.name_or_path, "fingerprint": found}
+    config = model.peft_config[model.active_adapter]
+    holds_change = (isinstance(config, LoraConfig) and changes_base(config)) or getattr(
+        config, "bias", "none"
+    ) != "none"
+    # A tuner that renames the base's parameters in its own way cannot be compared.
+    same_names = found.split("-")[0] == known["fingerprint"].split("-")[0]
+    if same_names and found != known["fingerprint"] and not holds_change:
+        raise ModelError(
+            f"The adapter's base is no longer '{known['name']}' as it was loaded: its weights have changed.",
+            fix="Save the base as a whole model first, load that, and train the adapter on it.",
+        )
+    return known
 
 
 def _publish(draft: Path, folder: Path) -> None:

@@ -162,6 +162,15 @@ def test_two_processes_convert_once(file, tmp_path):
     luthier.load(file)
 
 
+def test_what_a_killed_conversion_left_is_cleared(file):
+    folder = gguf.target(sources.locate(file))
+    left = folder.with_name(f".{folder.name}.1.partial")
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    luthier.load(file)
+    assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name, f"{folder.name}.lock"]
+
+
 def test_changed_file_is_converted_anew(file, tiny_tokenizer):
     first = gguf.target(sources.locate(file))
     write(file, tiny.llama(seed=1), tiny_tokenizer)

@@ -140,12 +140,19 @@ class TestBaseOfAdapter:
             {"target_modules": ["embed_tokens", "v_proj"]},
             {"trainable_token_indices": [3, 5]},
             {"use_dora": True},
+            {"bias": "all"},
         ],
     )
     def test_base_is_recognised_under_every_wrapper(self, base, tmp_path, options):
         adapted = lora(base, **options)
         path = luthier.save(adapted, tmp_path / "adapter")
         loaded, _ = luthier.load(path, dtype="float32")
+        assert torch.equal(loaded(IDS).logits, adapted(IDS).logits)
+
+    def test_prompt_tuning_has_an_untouched_base(self, base, tmp_path):
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        adapted = peft.get_peft_model(base, config).eval()
+        loaded, _ = luthier.load(luthier.save(adapted, tmp_path / "adapter"), dtype="float32")
         assert torch.equal(loaded(IDS).logits, adapted(IDS).logits)
 
     def test_initialisation_that_changes_the_base_fits_the_original(self, base, tmp_path):

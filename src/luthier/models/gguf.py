@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,6 +115,8 @@ def converted(source: "Source") -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _lock(folder.with_name(f"{folder.name}.lock")):
         if not folder.is_dir():
+            for left in folder.parent.glob(f".{folder.name}.*"):  # of a conversion that was killed
+                shutil.rmtree(left, ignore_errors=True)
             assert source.path is not None
             assert source.gguf_file is not None
             _convert(source.path, source.gguf_file, folder)

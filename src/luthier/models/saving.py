@@ -314,9 +314,8 @@ def _base(model: PeftModel) -> dict[str, Any]:
     if known is None:
         return {"name": base.name_or_path, "fingerprint": found}
     config = model.peft_config[model.active_adapter]
-    holds_change = (isinstance(config, LoraConfig) and changes_base(config)) or getattr(
-        config, "bias", "none"
-    ) != "none"
+    rewritten = isinstance(config, LoraConfig) and changes_base(config)
+    holds_change = rewritten or getattr(config, "bias", "none") != "none"
     # A tuner that renames the base's parameters in its own way cannot be compared.
     same_names = found.split("-")[0] == known["fingerprint"].split("-")[0]
     if same_names and found != known["fingerprint"] and not holds_change:

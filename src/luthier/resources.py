@@ -7,6 +7,7 @@ Torch-free: these are asked before anything heavy is imported.
 import ctypes
 import errno
 import os
+import platform
 import resource
 import shutil
 import sys
@@ -174,7 +175,42 @@ def explain(error: OSError, where: Path | str) -> ResourceError:
 def is_resource(error: BaseException) -> bool:
     """Whether an error means that a folder cannot be written or that its disk is full."""
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-    return isinstance(error, OSError) and not isinstance(error, ResourceError) and error.errno in codes
+    return isinstance(error, OSError) and error.errno in codes
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on the CPU or on a GPU."""
+    # torch's allocator for the CPU raises a plain RuntimeError.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
+
+
+def environment() -> dict[str, Any]:
+    """The machine, for the record of a run; memory in bytes."""
+    import psutil
+
+    cuda = _cuda()
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": [cuda.get_device_name(i) for i in range(cuda.device_count())] if cuda is not None else [],
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 def show_bytes(count: float) -> str:

@@ -155,10 +155,12 @@ def test_a_hash_follows_the_content(tmp_path):
     assert hash_file(path) == first
 
 
-def test_adopting_a_stage_of_another_run_gives_a_whole_folder(folder, tmp_path):
+def test_copying_a_stage_of_another_run_gives_a_whole_folder(folder, tmp_path):
     folder.publish(make(folder, identity(), "shared"))
     second = StageFolder(tmp_path / "other", 1, "tune")
-    second.adopt(folder.final)
+    second.copy(folder.final)
+    assert not second.final.exists()
+    second.recover()
     assert second.manifest() == folder.manifest()
     assert (second.final / "model" / "weights").read_text() == "shared"
 

@@ -139,13 +139,15 @@ class StageFolder:
         write_json(self.partial / "manifest.json", manifest.as_dict())
         self._swap()
 
-    def adopt(self, other: Path) -> None:
-        """Take the finished stage folder `other` as this stage's result, with hard links where possible."""
+    def copy(self, other: Path) -> None:
+        """Lay the finished stage folder `other` ready as this stage's result; `recover` puts it in place.
+
+        Files are linked where possible: nobody writes into a finished folder, so they cost no disk twice.
+        """
         _remove(self.partial)
         skip = shutil.ignore_patterns("manifest.json")
         shutil.copytree(other, self.partial, copy_function=_link, ignore=skip)
         write_json(self.partial / "manifest.json", read_json(other / "manifest.json"))
-        self._swap()
 
     def _swap(self) -> None:
         _remove(self.partial / "checkpoints")

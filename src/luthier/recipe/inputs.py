@@ -1,0 +1,95 @@
+"""What a stage's result depends on, hashed by content: model, data, own methods, the stage before."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.data.reading import files, resolve
+from luthier.data.spec import DataSpec
+from luthier.models import sources
+from luthier.recipe.manifest import hash_files, hash_json, versions
+from luthier.recipe.schema import ModelSpec, Recipe, Stage, TuneStage
+
+# Files of a model folder that decide what it computes and how text becomes tokens.
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt")
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """The output of the last stage that changed the model, which the next stages read.
+
+    Attributes:
+        artefact: its `model/` or `adapter/` folder.
+        sha256: `Manifest.output_hash()` of that stage.
+        adapter: the artefact is an adapter, which stands on the recipe's model.
+    """
+
+    artefact: Path
+    sha256: str
+    adapter: bool
+
+
+def stage_identity(recipe: Recipe, stage: Stage, upstream: Upstream | None) -> dict[str, Any]:
+    """Everything that decides whether `stage` must run again (`Manifest.identity`)."""
+    inputs: dict[str, Any] = {"model": model_input(recipe.model)}
+    if upstream is not None:
+        inputs["upstream"] = {"sha256": upstream.sha256}
+    for name in ("data", "eval_data"):
+        spec = getattr(stage, name, None)
+        if spec is not None:
+            inputs[name] = data_input(spec)
+    for name in ("method", "objective"):
+        spec = getattr(stage, name, None)
+        if spec is not None and spec.method.origin != "luthier":
+            inputs[name] = {"sha256": hash_files([spec.method.source], spec.method.source.parent)}
+    return {
+        "stage": stage.kind,
+        "config": stage.model_dump(mode="json", exclude={"name"}),
+        "inputs": inputs,
+        "versions": versions(),
+        "seed": recipe.seed if _is_random(recipe, stage, upstream) else None,
+    }
+
+
+def _is_random(recipe: Recipe, stage: Stage, upstream: Upstream | None) -> bool:
+    """Whether the recipe's seed matters: for training, and for a classification head that is new."""
+    new_head = recipe.model.task == "classification" and upstream is None
+    return isinstance(stage, TuneStage) or new_head
+
+
+def model_input(spec: ModelSpec) -> dict[str, Any]:
+    """How the recipe's model is loaded, and the hash of its files; on the Hub its commit."""
+    return spec.model_dump(mode="json") | {"sha256": _model_hash(spec.name, spec.revision)}
+
+
+def data_input(spec: DataSpec) -> dict[str, Any]:
+    """The path and the hash of the files behind a data spec; of a Hub data set its revision."""
+    place = resolve(spec)
+    if place is None:
+        return {"path": spec.path, "sha256": hash_json(["hub", spec.path, spec.subset, spec.revision])}
+    root = place if place.is_dir() else place.parent
+    return {"path": spec.path, "sha256": hash_files(files(spec, place), root)}
+
+
+def _model_hash(name: str, revision: str | None) -> str:
+    source = sources.locate(name)
+    if source.gguf_file is not None:
+        assert source.path is not None
+        return hash_files([source.path / source.gguf_file], source.path)
+    path = source.path
+    if path is None:
+        return hash_json(["hub", source.hub_id, revision or _cached_commit(source)])
+    found = [file for pattern in _MODEL_FILES for file in path.glob(pattern)]
+    own = hash_files(found, path)
+    return own if source.base is None else hash_json([own, _model_hash(source.base, None)])
+
+
+def _cached_commit(source: sources.Source) -> str | None:
+    """The commit of a Hub model in the cache: its files lie in `snapshots/<commit>/`."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("config.json", "adapter_config.json"):
+        found = try_to_load_from_cache(str(source.hub_id), name)
+        if isinstance(found, str):
+            return Path(found).parent.name
+    return None

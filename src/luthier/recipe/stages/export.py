@@ -1,0 +1,34 @@
+"""Write the model as a folder of its own that transformers or PEFT load, and prove it in a fresh process."""
+
+import torch
+from peft import PeftModel
+
+from luthier.models.saving import save, verify_export
+from luthier.recipe.context import Context
+from luthier.recipe.schema import ExportStage
+from luthier.recipe.stages import StageResult
+from luthier.tuning.merge import merge
+
+
+def run(stage: ExportStage, context: Context) -> StageResult:
+    """`model/` (an adapter is merged into it) or `adapter/`.
+
+    Raises:
+        CheckError: the merged model is not the tuned one, or the folder does not reload as what was saved.
+    """
+    model, tokenizer = context.lend(train=False)
+    dtype = None if stage.dtype == "auto" else getattr(torch, stage.dtype)
+    if stage.merge:
+        model = merge(model, dtype)
+    elif dtype is not None:
+        model = model.to(dtype)
+    folder = save(model, context.work / ("adapter" if isinstance(model, PeftModel) else "model"), tokenizer)
+    verify_export(folder, model, tokenizer)
+    return StageResult(
+        details={
+            "format": stage.format,
+            "merged": bool(stage.merge),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        total=sum(parameter.numel() for parameter in model.parameters()),
+    )

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 import re
 from collections import Counter
@@ -17,8 +16,6 @@ from luthier.data.reading import Raw, read, resolve
 from luthier.data.rows import Reject, Row
 from luthier.data.spec import DataSpec
 from luthier.errors import DataError, did_you_mean
-
-log = logging.getLogger("luthier.data")
 
 PEEK = 200  # rows that detection looks at
 _SPACE = re.compile(r"\s+")
@@ -145,7 +142,6 @@ def load(
     report.conversational = formats.one_kind(records) == "conversational"
     report.rows = len(records)
     _prove(report, spec)
-    log.info("%s", report.line())
     return Loaded(records, report.type, report, spec)
 
 

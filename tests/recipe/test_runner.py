@@ -2,100 +2,17 @@
 
 import errno
 import json
+import subprocess
 import sys
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import tiny
+from recipe_bench import RECIPE, plan
 
-from luthier import checks
 from luthier.errors import RecipeError, ResourceError, TrainingError
 from luthier.models.saving import save
-from luthier.recipe import runner, stages
+from luthier.recipe import runner
 from luthier.recipe.manifest import locked
-from luthier.recipe.runner import run
-from luthier.recipe.stages import StageResult
-
-RECIPE = """\
-name: demo
-model: {model}
-output: {output}
-stages:
-  - evaluate: {{data: {data}, metrics: [perplexity]}}
-  - export: {{dtype: {dtype}, name: out}}
-  - evaluate: {{data: {data}, metrics: [perplexity], name: after}}
-"""
-
-
-@dataclass
-class Bench:
-    """A recipe whose stages are stand-ins that only note that they ran."""
-
-    folder: Path
-    ran: list[str] = field(default_factory=list)
-    broken: dict[str, BaseException] = field(default_factory=dict)
-    plan: SimpleNamespace = field(default_factory=lambda: plan())
-
-    @property
-    def output(self) -> Path:
-        return self.folder / "runs"
-
-    @property
-    def place(self) -> Path:
-        return self.output / "demo"
-
-    def write(self, text: str = RECIPE, **changes) -> Path:
-        values = {
-            "model": self.folder / "base",
-            "output": self.output,
-            "data": self.folder / "data.jsonl",
-            "dtype": "auto",
-        }
-        path = self.folder / "recipe.yaml"
-        path.write_text(text.format(**values | changes))
-        return path
-
-    def stage(self, kind):
-        def work(stage, context):
-            self.ran.append(context.work.name.removesuffix(".partial"))
-            checks.record("data", "seen", True, 1)
-            if stage.name in self.broken:
-                raise self.broken[stage.name]
-            if kind == "evaluate":
-                upstream = context.upstream.artefact.parent.name if context.upstream else "base"
-                return StageResult(metrics={"perplexity": {"value": 2.0}}, details={"of": upstream})
-            (context.work / "model").mkdir(exist_ok=True)
-            (context.work / "model" / "config.json").write_text(stage.dtype)
-            return StageResult(total=7)
-
-        return work
-
-    def again(self, **options):
-        self.ran.clear()
-        return run(self.folder / "recipe.yaml", **options)
-
-
-def plan(disk: int = 0, fits: bool = True) -> SimpleNamespace:
-    parts = [SimpleNamespace(disk_bytes=disk)] * 3
-    return SimpleNamespace(stages=parts, fits=fits, verdict="It needs 9 GB.", as_dict=lambda: {"fits": fits})
-
-
-@pytest.fixture
-def bench(tmp_path, monkeypatch):
-    save(tiny.llama(), tmp_path / "base", tiny.tokenizer())
-    (tmp_path / "data.jsonl").write_text('{"text": "one"}\n')
-    made = Bench(tmp_path)
-    monkeypatch.setattr(stages, "find", made.stage)
-    planner = ModuleType("planner")
-    planner.plan = lambda recipe: made.plan
-    monkeypatch.setitem(sys.modules, "luthier.recipe.planner", planner)
-    report = ModuleType("report")
-    report.write_report = lambda folder: folder / "report.html"
-    monkeypatch.setitem(sys.modules, "luthier.report.report", report)
-    made.write()
-    return made
 
 
 def record(bench) -> dict:
@@ -278,8 +195,6 @@ class TestWhatStops:
 
 
 def test_importing_the_runner_loads_no_torch():
-    import subprocess
-
     code = (
         "import sys, luthier.recipe.runner; assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
     )

@@ -164,15 +164,13 @@ def _load_adapter(
     source: sources.Source, base_options: dict[str, Any], *, revision: str | None, train: bool
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     path = source.path or _fetch(source, revision)
-    saving.check_files(path)
-    record = sources.record(path)
-    task, trained_for = base_options["task"], record.get("task") or _task_of(path)
+    task, trained_for = base_options["task"], sources.record(path).get("task") or _task_of(path)
     if trained_for and trained_for != task:
         raise ModelError(
             f"Adapter '{source.name}' was trained for {trained_for}, not for {task}.",
             fix=f"Write task: {trained_for}.",
         )
-    labels = record.get("id2label")
+    labels = sources.record(path).get("id2label")
     if labels:
         base_options["num_labels"] = len(labels)
     model, tokenizer = load(str(source.base), **base_options)
@@ -181,15 +179,42 @@ def _load_adapter(
             f"Adapter '{source.name}' stands on another adapter ('{source.base}').",
             fix="Merge the lower one into its base first, and save the result as a model.",
         )
+    trust = base_options["trust_remote_code"]
+    return load_onto(model, tokenizer, path, name=source.name, trust_remote_code=trust, train=train)
+
+
+def load_onto(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    *,
+    name: str = "",
+    trust_remote_code: bool = False,
+    train: bool = False,
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """An adapter's folder on its base, which `load` gave, and the adapter's tokenizer if it has its own.
+
+    Args:
+        name: of the adapter, for messages; default: its path.
+        train: the adapter's weights will learn.
+
+    Raises:
+        ModelError: the files are damaged, or do not fit the base.
+        CheckError: the base is not the one that the adapter was trained on.
+    """
+    name = name or str(path)
+    saving.check_files(path)
+    record = sources.record(path)
+    labels = record.get("id2label")
     if labels:
         model.config.id2label = {int(i): label for i, label in labels.items()}
         model.config.label2id = {label: i for i, label in model.config.id2label.items()}
-    _require_same_base(model, record, source)
+    _require_same_base(model, record)
     if any((path / file).is_file() for file in tokens.FILES):
-        tokenizer = tokens.load(source.name, str(path), base_options["trust_remote_code"], None)
-        tokens.fit(model, tokenizer, task)
-    adapted = _put_on(model, path, source.name, train)
-    checks.record("before", "adapter loaded whole", True, len(keys.in_file(path)), detail=source.name)
+        tokenizer = tokens.load(name, str(path), trust_remote_code, None)
+        tokens.fit(model, tokenizer, structure.task(model) or "causal")
+    adapted = _put_on(model, path, name, train)
+    checks.record("before", "adapter loaded whole", True, len(keys.in_file(path)), detail=name)
     return adapted, tokenizer
 
 
@@ -208,7 +233,7 @@ def _task_of(path: Path) -> str | None:
     return tasks.get(PeftConfig.from_pretrained(str(path)).task_type)
 
 
-def _require_same_base(model: nn.Module, record: dict[str, Any], source: sources.Source) -> None:
+def _require_same_base(model: nn.Module, record: dict[str, Any]) -> None:
     expected = record.get("base", {}).get("fingerprint")
     if expected is None:
         return
@@ -222,7 +247,7 @@ def _require_same_base(model: nn.Module, record: dict[str, Any], source: sources
         found == expected,
         found,
         expected,
-        str(source.base),
+        str(record["base"].get("name")),
         fix="Load the adapter on the model that it was trained on.",
     )
 

@@ -1,8 +1,9 @@
 """What a stage is given: the model in the state that it expects, its folder, and what came before.
 
-One model is in memory at a time and serves all stages, and all runs of a comparison. When a stage asks for
-another state, the adapter is taken off and the base is used again if it is proven to be as it was loaded;
-otherwise the state is loaded from its folder. Either way a stage sees what a fresh process would see.
+One model is in memory at a time and serves all stages, and all runs of a comparison. Adapters are taken off
+their base and put on it from their folders; the base is used again only if it is proven to be as it was
+loaded, bit by bit. So a stage sees what a fresh process would see, and a tuned model is measured as it was
+saved.
 """
 
 import copy
@@ -17,7 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from luthier.data import load as data
-from luthier.models.loading import load
+from luthier.models.loading import load, load_onto
 from luthier.models.placement import Placement, place
 from luthier.recipe.inputs import Upstream, model_input
 from luthier.recipe.manifest import Manifest
@@ -36,12 +37,14 @@ class State:
         content: hash of what is behind the name, which may be written again under the same name.
         options: the other arguments of `luthier.load`, sorted pairs; dtype and device are settled ones.
         seed: of a new classification head; None where nothing is random.
+        base: what the adapter in `name` stands on; None for a whole model.
     """
 
     name: str
     content: str
     options: tuple[tuple[str, Any], ...]
     seed: int | None = None
+    base: "State | None" = None
 
 
 @cache
@@ -61,15 +64,11 @@ class Models:
 
     def get(self, state: State) -> tuple[Any, PreTrainedTokenizerBase]:
         """The model in `state`, in evaluation mode, and a tokenizer of the caller's own."""
-        if self._state != state and not self._restored(state):
-            self.drop()
-            if state.seed is not None:
-                set_seed(state.seed)
-            self._model, self._tokenizer = load(state.name, **dict(state.options))
-            self.loads += 1
-            self._state = state
-            if isinstance(self._model, PreTrainedModel):
-                self._base = _Pristine(self._model, self._tokenizer, state)
+        if self._state != state:
+            if state.base is not None:
+                self._put_on(state, state.base)
+            elif not self._take_off(state):
+                self._load(state)
         self._model.eval()
         return self._model, copy.deepcopy(self._tokenizer)
 
@@ -81,32 +80,49 @@ class Models:
 
     def settle(self, model: Any, tokenizer: PreTrainedTokenizerBase, state: State) -> None:
         """Take a lent model back: its weights are now those of `state`; all else is put back as loaded."""
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
         if self._base is None:
             return
-        self._base.put_back(base)
-        self._model, self._tokenizer, self._state = model, tokenizer, state
-        if not isinstance(model, PeftModel):
-            self._base = None  # its weights were trained
+        self._model = model
+        if isinstance(model, PeftModel):
+            return  # its base serves again; the adapter comes from its folder, as it does for everybody else
+        if self._base.put_back(model):
+            self._tokenizer, self._state = tokenizer, state
+        self._base = None  # its weights were trained
 
     def drop(self) -> None:
         """Forget the model, and give its memory back."""
         self._model = self._tokenizer = self._state = self._base = None
         release_memory()
 
-    def _restored(self, state: State) -> bool:
-        """Take the adapter off; whether what is left is the base in `state`, weight by weight."""
+    def _load(self, state: State) -> None:
+        self.drop()
+        if state.seed is not None:
+            set_seed(state.seed)
+        self._model, self._tokenizer = load(state.name, **dict(state.options))
+        self.loads += 1
+        self._state = state
+        if isinstance(self._model, PreTrainedModel):
+            self._base = _Pristine(self._model, self._tokenizer, state)
+
+    def _put_on(self, state: State, base: State) -> None:
+        """The adapter of `state` on its base."""
+        model, tokenizer = self.lend(base)
+        trust = dict(state.options)["trust_remote_code"]
+        model, tokenizer = load_onto(model, tokenizer, Path(state.name), trust_remote_code=trust)
+        self._model, self._tokenizer, self._state = model, tokenizer, state
+
+    def _take_off(self, state: State) -> bool:
+        """Take the adapter off; whether what is left is proven to be the model in `state`."""
         base = self._base
         if base is None or base.state != state or not isinstance(self._model, PeftModel):
             return False
         if not hasattr(self._model.base_model, "unload"):
             return False
         model = self._model.base_model.unload()
-        if not base.holds(model):
+        model.requires_grad_(True)
+        if not (base.put_back(model) and base.holds(model)):
             log.warning("the base model was changed by the stage before; it is loaded again")
             return False
-        base.put_back(model)
-        model.requires_grad_(True)
         self._model, self._tokenizer, self._state = model, base.tokenizer, state
         return True
 
@@ -126,20 +142,25 @@ class _Pristine:
         self._weights = _digests(model)
         self._structure = _structure(model)
 
-    def put_back(self, model: PreTrainedModel) -> None:
-        """Undo what a trainer sets beside the weights: config, generation config, hooks, checkpointing."""
+    def put_back(self, model: PreTrainedModel) -> bool:
+        """Undo in place what a trainer sets beside the weights: configs, hooks, attributes.
+
+        Returns:
+            Whether the modules, with all that hangs on them, are those that were loaded.
+        """
         if model.is_activation_checkpointing:
             model.activation_checkpointing_disable()
         model.disable_input_require_grads()
         for target, saved in self._settings:
             vars(target).clear()
             vars(target).update(copy.deepcopy(saved))
+        for name in set(vars(model)) - self._attributes:
+            delattr(model, name)
+        return _structure(model) == self._structure
 
     def holds(self, model: PreTrainedModel) -> bool:
-        """Whether weights (bit by bit), modules and hooks are those that were loaded."""
-        for name in set(vars(model)) - self._attributes:
-            delattr(model, name)  # PEFT leaves its config on the base
-        return _structure(model) == self._structure and _digests(model) == self._weights
+        """Whether all weights and buffers are those that were loaded, bit by bit."""
+        return _digests(model) == self._weights
 
 
 def _digests(model: PreTrainedModel) -> dict[str, tuple[torch.dtype, int]]:
@@ -183,7 +204,7 @@ class Context:
 
     def model(self) -> tuple[Any, PreTrainedTokenizerBase]:
         """The model as the stages before left it, to be read only, and a tokenizer."""
-        return self.models.get(self._state(train=False))
+        return self.models.get(self._state(self.upstream, train=False))
 
     def lend(self, *, train: bool) -> tuple[Any, PreTrainedTokenizerBase]:
         """The model as the stages before left it, to be changed.
@@ -191,17 +212,16 @@ class Context:
         Args:
             train: the model's own weights will learn (they are then held in float32).
         """
-        return self.models.lend(self._state(train=train))
+        return self.models.lend(self._state(self.upstream, train=train))
 
     def settle(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, output: Upstream, *, train: bool
     ) -> None:
         """Hand the lent model back as the output of this stage, so that the next need not load it."""
-        self.models.settle(model, tokenizer, self._state(train=train, upstream=output))
+        self.models.settle(model, tokenizer, self._state(output, train=train))
 
-    def _state(self, *, train: bool, upstream: Upstream | None = None) -> State:
+    def _state(self, upstream: Upstream | None, *, train: bool) -> State:
         spec = self.recipe.model
-        upstream = upstream or self.upstream
         task = spec.task or "causal"
         where = _placement(spec.dtype, spec.device, spec.attn, train)
         options: dict[str, Any] = {
@@ -211,7 +231,9 @@ class Context:
             "attn": where.attn,
             "trust_remote_code": spec.trust_remote_code,
         }
-        seed = None
+        seed = base = None
+        if upstream is not None and upstream.adapter:
+            base = self._state(upstream.base, train=False)
         if upstream is None:
             options["revision"] = spec.revision
             if task == "classification":
@@ -222,6 +244,7 @@ class Context:
             content=upstream.sha256 if upstream else model_input(spec)["sha256"],
             options=tuple(sorted(options.items())),
             seed=seed,
+            base=base,
         )
 
 

@@ -21,12 +21,13 @@ class Upstream:
     Attributes:
         artefact: its `model/` or `adapter/` folder.
         sha256: `Manifest.output_hash()` of that stage.
-        adapter: the artefact is an adapter, which stands on the recipe's model.
+        adapter: the artefact is an adapter. It stands on `base`; None is the recipe's model.
     """
 
     artefact: Path
     sha256: str
     adapter: bool
+    base: "Upstream | None" = None
 
 
 def stage_identity(recipe: Recipe, stage: Stage, upstream: Upstream | None) -> dict[str, Any]:

@@ -454,7 +454,9 @@ def _upstream(place: Path, final: Path, before: Upstream | None) -> Upstream | N
     artefact = _artefact(place)
     if artefact is None:
         return before
-    return Upstream(final / artefact.name, _manifest(place).output_hash(), adapter=artefact.name == "adapter")
+    adapter = artefact.name == "adapter"
+    sha256 = _manifest(place).output_hash()
+    return Upstream(final / artefact.name, sha256, adapter, base=before if adapter else None)
 
 
 @contextmanager

@@ -65,10 +65,13 @@ class Renderer:
 
     def render(self, messages: list[Message], tools: list[Any] | None = None, *, prompt: bool = False) -> str:
         """The text of a conversation; `prompt` adds what the template puts before the assistant's answer."""
-        plain = [{key: value for key, value in m.items() if key != "weight"} for m in messages]
         try:
             return self.tokenizer.apply_chat_template(
-                plain, tools=tools, tokenize=False, add_generation_prompt=prompt, **self.options
+                [self._message(m) for m in messages],
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **self.options,
             )
         except (TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(m["role"] for m in messages)
@@ -77,6 +80,19 @@ class Renderer:
                 f"{roles}: {error}.",
                 fix="Change these conversations (some templates know no system role), or the template.",
             ) from error
+
+    @cached_property
+    def _takes_reasoning(self) -> bool:
+        return "reasoning_content" in str(self.tokenizer.chat_template)
+
+    def _message(self, message: Message) -> Message:
+        """A message as the template wants it: thoughts in their own field where it has one for them."""
+        plain = {key: value for key, value in message.items() if key != "weight"}
+        if self._takes_reasoning and message["role"] == "assistant":
+            thought, content = _parts(message)
+            if thought:
+                plain |= {"reasoning_content": thought, "content": content}
+        return plain
 
     def trained(self, messages: list[Message], tools: list[Any] | None, turns: list[int]) -> list[Rendered]:
         """The text in which the assistant's messages at `turns` are trained, or one text a turn.
@@ -91,6 +107,7 @@ class Renderer:
             after = whole if turn == len(messages) - 1 else self.render(messages[: turn + 1], tools)
             if not (whole.startswith(after) and after.startswith(prompt)):
                 return [self._single(messages[: t + 1], tools) for t in turns]
+            self._require_words(messages[turn], after[len(prompt) :])
             spans.append((len(prompt), len(after)))
         return [self._finished(whole, spans)]
 
@@ -100,15 +117,13 @@ class Renderer:
         whole = self.render(messages, tools)
         if not whole.startswith(prompt):
             whole = self._with_thought(prompt, whole, messages[-1])
+        self._require_words(messages[-1], whole[len(prompt) :])
         return self._finished(whole, [(len(prompt), len(whole))])
 
     def _with_thought(self, prompt: str, whole: str, answer: Message) -> str:
         """`prompt` (which opens a thought) + thought + answer + what the template puts after an answer."""
         shared = _common(prompt, whole)
-        thought = answer.get("reasoning_content") or answer.get("thinking") or ""
-        content = answer["content"]
-        if found := _THOUGHT.match(content):
-            thought, content = found.group(1), content[found.end() :]
+        thought, content = _parts(answer)
         at = whole.find(content.strip(), shared)
         if not _OPENER.fullmatch(prompt[shared:]) or at < 0 or whole[shared:at].strip():
             raise DataError(
@@ -118,6 +133,16 @@ class Renderer:
                 fix="Set the template's options (such as enable_thinking: false) or another chat template.",
             )
         return f"{prompt}{thought.strip()}\n</think>\n\n{whole[at:]}"
+
+    def _require_words(self, answer: Message, written: str) -> None:
+        """What the assistant says and thinks must stand in what is trained: some templates leave it out."""
+        for name, text in zip(("thoughts", "content"), _parts(answer), strict=True):
+            if text.strip() not in written:
+                raise DataError(
+                    f"The chat template of {self._name(self.tokenizer)} leaves out the {name} of an answer "
+                    f"({text.strip()[:40]!r}); it writes {written[:80]!r}.",
+                    fix="Use a template that renders them, or take them out of the data.",
+                )
 
     def _finished(self, text: str, spans: list[tuple[int, int]]) -> Rendered:
         """Spans cut after their end token, behind which nothing is generated; `end` where there is none."""
@@ -129,6 +154,14 @@ class Renderer:
             bool(cut) and cut[-1][1] >= len(text.rstrip()) and not text[: cut[-1][1]].endswith(self.special)
         )
         return Rendered(text, cut, end=bare)
+
+
+def _parts(message: Message) -> tuple[str, str]:
+    """Thoughts and content of a message, whose content may hold both."""
+    thought = message.get("reasoning_content") or message.get("thinking") or ""
+    if not thought and (found := _THOUGHT.match(message["content"])):
+        return found.group(1).strip("\n"), message["content"][found.end() :]
+    return thought, message["content"]
 
 
 def _common(one: str, other: str) -> int:

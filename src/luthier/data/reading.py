@@ -327,13 +327,13 @@ def _plain(text: str, file: str, spec: DataSpec) -> Iterator[Raw]:
     if spec.rows == "file":
         yield Raw({"text": text}, file, 1)
         return
-    pattern = r"[^\n]+" if spec.rows == "line" else r"[^\n](?:.|\n(?!\s*\n))*"
+    line = r"[^\n]*\S[^\n]*"
+    pattern = line if spec.rows == "line" else rf"{line}(?:\n{line})*"
     at, counted = 1, 0
     for match in re.finditer(pattern, text):
-        if match.group().strip():
-            at += text.count("\n", counted, match.start())
-            counted = match.start()
-            yield Raw({"text": match.group()}, file, at)
+        at += text.count("\n", counted, match.start())
+        counted = match.start()
+        yield Raw({"text": match.group()}, file, at)
 
 
 # The Hub -----------------------------------------------------------------------------------------------

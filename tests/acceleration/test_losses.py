@@ -62,9 +62,7 @@ def test_a_frozen_head_gets_no_gradient_and_none_is_made(monkeypatch):
     hidden, weight, _, labels = problem(torch.float32)
     made = []
     original = losses._loss_and_gradients
-    monkeypatch.setattr(
-        losses, "_loss_and_gradients", lambda *a: made.append(original(*a)) or made[-1]
-    )
+    monkeypatch.setattr(losses, "_loss_and_gradients", lambda *a: made.append(original(*a)) or made[-1])
     losses.linear_cross_entropy(hidden, weight.detach(), labels).backward()
     _, (d_hidden, d_weight, d_bias) = made[0]
     assert d_hidden is not None

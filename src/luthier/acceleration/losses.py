@@ -160,9 +160,7 @@ def _loss_and_gradients(
         logits = torch.mm(rows, weight.t(), out=buffer[: len(targets)])  # (rows, V)
         for low in range(0, len(targets), step):
             part = slice(low, low + step)
-            loss += _softmax_part(
-                logits[part], targets[part], bias, scale, softcap, d_bias, write=any(wants)
-            )
+            loss += _softmax_part(logits[part], targets[part], bias, scale, softcap, d_bias, write=any(wants))
         if d_hidden is not None:
             torch.mm(logits, weight, out=d_hidden[start : start + block])
         if d_weight is not None:

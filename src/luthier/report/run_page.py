@@ -1,0 +1,399 @@
+"""What the page of a run shows, computed from its record: one function a section."""
+
+import io
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+from ruamel.yaml import YAML
+
+from luthier import taxonomy
+from luthier.errors import MethodError
+from luthier.report import charts, notices, wording
+from luthier.report.predictions import Predictions, compare_predictions
+from luthier.report.read import Metric, Run, Stage
+
+# Curves in the order in which a reader wants them; entries that say nothing over time are left out.
+_FIRST = ["loss", "learning_rate", "grad_norm"]
+_NOT_CURVES = {
+    "step", "epoch", "total_flos", "train_runtime", "train_loss", "train_samples_per_second",
+    "train_steps_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second",
+    "num_tokens",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One metric before and after, with its verdict in words."""
+
+    name: str
+    title: str
+    sentence: str
+    before: Metric | None
+    after: Metric
+    verdict: str
+    tone: str  # good, bad, neutral
+    chart: Markup
+
+
+def page(run: Run) -> dict[str, Any]:
+    """All values of the template `run.html.j2`."""
+    before, after = before_and_after(run)
+    return {
+        "run": run,
+        "summary": summary(run),
+        "headlines": headlines(before, after) if after else [],
+        "notices": [
+            (stage, notice) for stage in run.of_kind("tune") for notice in notices.read_curves(stage.history)
+        ],
+        "checks": check_lines(run),
+        "stages": [stage_view(run, i) for i in range(len(run.stages))],
+        "curves": [(stage, stage_curves(stage)) for stage in run.of_kind("tune") if stage.history],
+        "metrics": metrics_table(run),
+        "predictions": example_pages(before, after),
+        "costs": cost_rows(run),
+        "estimates": estimates(run),
+        "environment": environment(run),
+        "inputs": inputs(run),
+        "commands": commands(run),
+        "recipe": recipe_text(run.recipe),
+    }
+
+
+def before_and_after(run: Run) -> tuple[Stage | None, Stage | None]:
+    """The first and last evaluation on the same data as the last one; (None, stage) where it is alone."""
+    done = [stage for stage in run.of_kind("evaluate") if stage.metrics]
+    if not done:
+        return None, None
+    after = done[-1]
+    same = [stage for stage in done if _data(stage) == _data(after)]
+    return (same[0] if len(same) > 1 else None), after
+
+
+def headlines(before: Stage | None, after: Stage) -> list[Headline]:
+    former = before.metrics if before else {}
+    found = []
+    for name, new in after.metrics.items():
+        old = former.get(name)
+        meaning = wording.meaning(name)
+        verdict, tone = _verdict(name, old, new)
+        rows = [("before", old.value, old.low, old.high, "second")] if old else []
+        rows.append(("after" if old else "result", new.value, new.low, new.high, "main"))
+        finite = all(math.isfinite(row[1]) for row in rows)
+        chart = charts.interval_track(
+            rows,
+            title=f"{meaning.title}: " + ", ".join(f"{r[0]} {wording.show(name, r[1])}" for r in rows),
+            share=meaning.share,
+            format_x=(lambda v: f"{100 * v:.0f}%") if meaning.share else wording.significant,
+            width=260,
+        )
+        chart = chart if finite else Markup("")
+        found.append(Headline(name, meaning.title, meaning.sentence, old, new, verdict, tone, chart))
+    return found
+
+
+def _verdict(name: str, old: Metric | None, new: Metric) -> tuple[str, str]:
+    """How far it moved, and whether that is more than chance."""
+    meaning = wording.meaning(name)
+    if old is None:
+        return "There is no evaluation before, so this says nothing about what the run changed.", "neutral"
+    change = new.value - old.value
+    if change == 0:
+        return "Unchanged.", "neutral"
+    if meaning.share:
+        moved = f"{abs(100 * change):.1f} points {'higher' if change > 0 else 'lower'}"
+    elif old.value:
+        moved = f"{abs(change / old.value):.0%} {'higher' if change > 0 else 'lower'}"
+    else:
+        moved = f"{wording.significant(abs(change))} {'higher' if change > 0 else 'lower'}"
+    if not (old.has_interval and new.has_interval):
+        return f"{moved}; no interval was measured.", "neutral"
+    assert old.low is not None
+    assert old.high is not None
+    assert new.low is not None
+    assert new.high is not None
+    if new.low <= old.high and old.low <= new.high:
+        return f"{moved}, but the intervals overlap: it may be chance.", "neutral"
+    better = (change > 0) == (meaning.better == "higher")
+    return f"{moved}; the intervals lie apart.", "good" if better else "bad"
+
+
+def summary(run: Run) -> str:
+    """What was done, in one sentence."""
+    model = run.recipe.get("model")
+    name = model.get("name") if isinstance(model, dict) else model
+    steps = []
+    for stage in run.stages:
+        if stage.kind == "tune":
+            text = f"tuned with {_name(stage.config.get('method')) or 'a method'}"
+            objective = _name(stage.config.get("objective"))
+            text += f" ({objective})" if objective else ""
+            steps.append(text + (f" on {_data(stage)}" if _data(stage) else ""))
+        elif stage.kind == "evaluate":
+            steps.append("evaluated")
+        elif stage.kind == "export":
+            steps.append(f"exported as {stage.config.get('format', 'a folder')}")
+        else:
+            steps.append(stage.kind)
+    return f"{name or 'A model'}: {', then '.join(steps)}." if steps else str(name or "")
+
+
+def check_lines(run: Run) -> dict[str, Any]:
+    """Every proof: failed ones first, the others in the order of the run."""
+    lines = [
+        {
+            "passed": bool(check.get("passed")),
+            "name": check.get("name", ""),
+            "value": wording.plain(check.get("value")),
+            "tolerance": wording.plain(check.get("tolerance")),
+            "detail": check.get("detail") or "",
+            "when": wording.WHEN.get(str(check.get("when")), check.get("when", "")),
+            "stage": stage.label,
+        }
+        for stage in run.stages
+        for check in stage.checks
+    ]
+    lines.sort(key=lambda line: line["passed"])
+    failed = sum(not line["passed"] for line in lines)
+    order = dict.fromkeys([*wording.WHEN.values(), *(line["when"] for line in lines)])
+    groups = [(when, [line for line in lines if line["passed"] and line["when"] == when]) for when in order]
+    groups = [(when, lines) for when, lines in groups if lines]
+    return {"lines": lines, "groups": groups, "failed": failed, "passed": len(lines) - failed}
+
+
+def stage_view(run: Run, i: int) -> dict[str, Any]:
+    """One stage: its method's title and paper, and its settings as (key, value)."""
+    stage = run.stages[i]
+    title, paper = "", ""
+    if stage.kind in ("tune", "compress"):
+        try:
+            method = taxonomy.find(_name(stage.config.get("method")) or "")
+            title, paper = method.title, method.paper
+        except MethodError:
+            title = _name(stage.config.get("method")) or ""
+    return {
+        "stage": stage,
+        "number": i + 1,
+        "title": title,
+        "paper": paper,
+        "settings": flat({k: v for k, v in stage.config.items() if k != "name"}),
+        "details": flat(stage.manifest.get("details") or {}),
+    }
+
+
+def flat(record: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as dotted keys; what is not set is left out."""
+    if not isinstance(record, dict):
+        return [(prefix, wording.plain(record))]
+    found: list[tuple[str, str]] = []
+    for key, value in record.items():
+        if value is None or value in ({}, [], ""):
+            continue
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, list):
+            value = ", ".join(map(wording.plain, value)) if not any(map(_nested, value)) else str(value)
+        found.extend(flat(value, name))
+    return found
+
+
+def stage_curves(stage: Stage) -> list[dict[str, Any]]:
+    """The charts of one training: loss with held-out loss, then everything else that was logged."""
+    names = dict.fromkeys(key for entry in stage.history for key in entry)
+    wanted = [n for n in names if n not in _NOT_CURVES and not n.startswith("eval_")]
+    wanted.sort(key=lambda n: _FIRST.index(n) if n in _FIRST else len(_FIRST))
+    found = []
+    for name in wanted:
+        main = _finite(notices.series(stage.history, name))
+        held_out = _finite(notices.series(stage.history, f"eval_{name}"))
+        if not main:
+            continue
+        meaning = wording.logged_meaning(name)
+        lines = [charts.Series(name, main)]
+        if held_out:
+            lines.append(charts.Series(f"held-out {name}", held_out, "second"))
+        chart = charts.curves(
+            lines,
+            title=f"{meaning.title} over training steps",
+            format_y=(lambda v: f"{100 * v:.3g}%") if meaning.share else wording.significant,
+            share=meaning.share,
+        )
+        last = wording.significant(main[-1][1])
+        found.append(
+            {
+                "title": meaning.title,
+                "sentence": meaning.sentence,
+                "svg": chart,
+                "last": last,
+                "two": bool(held_out),
+            }
+        )
+    return found
+
+
+def metrics_table(run: Run) -> list[dict[str, Any]]:
+    """One table for each evaluation data set: metrics down, evaluations across."""
+    tables: dict[str, list[Stage]] = {}
+    for stage in run.of_kind("evaluate"):
+        if stage.metrics:
+            tables.setdefault(_data(stage), []).append(stage)
+    found = []
+    for data, stages in tables.items():
+        names = dict.fromkeys(name for stage in stages for name in stage.metrics)
+        rows = [
+            {
+                "name": name,
+                "meaning": wording.meaning(name),
+                "cells": [stage.metrics.get(name) for stage in stages],
+            }
+            for name in names
+        ]
+        found.append({"data": data, "stages": stages, "rows": rows})
+    return found
+
+
+def example_pages(before: Stage | None, after: Stage | None) -> Predictions | None:
+    return compare_predictions(before, after) if after else None
+
+
+def cost_rows(run: Run) -> list[dict[str, Any]]:
+    """Time, memory and size of each stage; a bar shows the share of the longest."""
+    rows = [
+        {
+            "stage": stage,
+            "seconds": stage.manifest.get("seconds"),
+            "memory": stage.manifest.get("peak_memory_bytes") or None,
+            "cuda": stage.manifest.get("peak_cuda_bytes") or None,
+            "exact": stage.manifest.get("peak_memory_exact", True),
+            "size": stage.manifest.get("artefact_bytes") or None,
+            "trainable": stage.manifest.get("trainable"),
+            "total": stage.manifest.get("total"),
+            "sessions": stage.manifest.get("sessions", 1),
+        }
+        for stage in run.stages
+        if stage.manifest
+    ]
+    longest = max((row["seconds"] or 0 for row in rows), default=0)
+    for row in rows:
+        row["share"] = (row["seconds"] or 0) / longest if longest else 0
+    return rows
+
+
+def estimates(run: Run) -> list[dict[str, Any]]:
+    """What the planner expected of each stage beside what was measured."""
+    plan = run.record.get("plan")
+    planned = plan.get("stages") if isinstance(plan, dict) else None
+    found = []
+    for entry, stage in zip(planned or [], run.stages, strict=False):
+        if not (isinstance(entry, dict) and stage.manifest):
+            continue
+        pairs = [
+            ("Peak memory", entry.get("memory_bytes"), stage.manifest.get("peak_memory_bytes"), wording.size),
+            ("Wall time", entry.get("seconds"), stage.manifest.get("seconds"), wording.duration),
+            ("Trainable parameters", entry.get("trainable"), stage.manifest.get("trainable"), wording.count),
+            (
+                "Artefact on disk",
+                entry.get("artefact_bytes"),
+                stage.manifest.get("artefact_bytes"),
+                wording.size,
+            ),
+        ]
+        for title, guess, measured, write in pairs:
+            if guess and measured:
+                ratio = guess / measured
+                found.append(
+                    {
+                        "stage": stage,
+                        "title": title,
+                        "estimate": write(guess),
+                        "measured": write(measured),
+                        "off": "exact" if abs(ratio - 1) < 0.005 else f"{ratio - 1:+.0%}",
+                    }
+                )
+    return found
+
+
+def environment(run: Run) -> list[tuple[str, str]]:
+    """The machine, the versions, and where and in what precision the model was held, with the reason."""
+    machine = {k: v for k, v in (run.record.get("environment") or {}).items() if k != "versions"}
+    titles = {
+        "cpu": "Processor",
+        "cores": "Cores",
+        "memory_bytes": "Memory",
+        "gpus": "GPUs",
+        "python": "Python",
+    }
+    rows = []
+    for key, value in machine.items():
+        if value in (None, [], ""):
+            continue
+        text = wording.size(value) if key == "memory_bytes" else wording.plain(value)
+        rows.append(
+            (titles.get(key, key.capitalize()), ", ".join(value) if isinstance(value, list) else text)
+        )
+    rows.extend((name, str(number)) for name, number in versions(run).items())
+    for stage in run.stages:
+        placement = (stage.manifest.get("details") or {}).get("placement")
+        if isinstance(placement, dict):
+            held = ", ".join(str(placement[k]) for k in ("dtype", "device", "attn") if placement.get(k))
+            reason = placement.get("reason")
+            rows.append((f"Precision in {stage.label}", f"{held} – {reason}" if reason else held))
+        elif placement:
+            rows.append((f"Precision in {stage.label}", str(placement)))
+    return rows
+
+
+def versions(run: Run) -> dict[str, str]:
+    """Versions of the libraries, from the run's record or that of its first stage."""
+    records = [run.record.get("environment") or {}, *(stage.manifest for stage in run.stages)]
+    return next((record["versions"] for record in records if record.get("versions")), {})
+
+
+def inputs(run: Run) -> list[tuple[str, str, str]]:
+    """(stage, what it read, short hash of its content)."""
+    return [
+        (stage.label, str(name).replace("_", " "), str(entry["sha256"])[:16])
+        for stage in run.stages
+        for name, entry in (stage.manifest.get("inputs") or {}).items()
+        if isinstance(entry, dict) and entry.get("sha256")
+    ]
+
+
+def commands(run: Run) -> list[str]:
+    """What to type to get the same again."""
+    pinned = [f"{name}=={number}" for name, number in versions(run).items() if number != "not installed"]
+    lines = [f"pip install {' '.join(pinned)}"] if pinned else []
+    lines.append(run.record.get("command") or f"luthier run {run.record.get('recipe_file') or 'recipe.yaml'}")
+    if any(stage.kind in ("tune", "export") and stage.status == "done" for stage in run.stages):
+        lines.append(f"luthier chat {run.folder} --base")
+    return lines
+
+
+def recipe_text(recipe: dict[str, Any]) -> str:
+    if not recipe:
+        return ""
+    stream = io.StringIO()
+    yaml = YAML()
+    yaml.width = 100
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.dump(recipe, stream)
+    return stream.getvalue()
+
+
+def _finite(points: list[charts.Point]) -> list[charts.Point]:
+    return [p for p in points if math.isfinite(p[1])]
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, dict | list)
+
+
+def _name(spec: Any) -> str | None:
+    if isinstance(spec, dict):
+        spec = spec.get("name")
+    return str(spec) if spec else None
+
+
+def _data(stage: Stage) -> str:
+    data = stage.config.get("data")
+    return str(data.get("path", "")) if isinstance(data, dict) else str(data or "")

@@ -9,7 +9,7 @@ import torch
 from luthier import checks, method
 from luthier.errors import CheckError, MethodError
 from luthier.tuning.attach import attach
-from luthier.tuning.merge import merge
+from luthier.tuning.merge import combine, merge
 
 
 def disturb(model, size=0.05, seed=1):
@@ -163,3 +163,68 @@ def test_a_fresh_adapter_merges_to_the_base():
     merged = merge(attach(tiny.llama(), method("lora")(r=4)))
     for name, parameter in tiny.llama().named_parameters():
         assert torch.equal(parameter, merged.get_parameter(name))
+
+
+def several(*configs):
+    """A model with one disturbed adapter for each config, named 'a', 'b', ..."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(tiny.llama(), configs[0], adapter_name="a")
+    for name, config in zip("bcd", configs[1:], strict=False):
+        model.add_adapter(name, config)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def plain(**options):
+    return peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **options)
+
+
+KINDS = {
+    "plain": lambda: plain(),
+    "rslora": lambda: plain(use_rslora=True),
+    "dora": lambda: plain(use_dora=True),
+    "ours": lambda: method("dora")(r=4),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_of_weight_one_is_itself(kind):
+    model = several(KINDS[kind]())
+    expected = training.logits(model)
+    assert torch.allclose(training.logits(combine(model, {"a": 1.0})), expected, atol=1e-4)
+
+
+def test_plain_peft_does_not_give_an_adapter_of_weight_one_back():
+    """What is planted."""
+    model = several(plain(use_rslora=True))
+    expected = training.logits(model)
+    model.add_weighted_adapter(["a"], [1.0], "sum", combination_type="svd")
+    model.set_adapter("sum")
+    assert (training.logits(model) - expected).abs().max() > 0.01
+
+
+def test_changes_are_summed_by_their_weights():
+    configs = (plain(), plain(use_rslora=True), plain(use_dora=True))
+    name, base = (
+        "model.layers.0.mlp.up_proj.weight",
+        tiny.llama().get_parameter("model.layers.0.mlp.up_proj.weight"),
+    )
+    alone = []
+    for adapter in "abc":
+        alone.append(combine(several(*configs), {adapter: 1.0}).get_parameter(name) - base)
+    merged = combine(several(*configs), {"a": 0.3, "b": 0.7, "c": -0.5})
+    expected = base + 0.3 * alone[0] + 0.7 * alone[1] - 0.5 * alone[2]
+    assert torch.allclose(merged.get_parameter(name), expected, atol=1e-6)
+
+
+def test_an_unknown_adapter_is_refused():
+    with pytest.raises(MethodError, match="no adapter 'x'"):
+        combine(several(plain()), {"x": 1.0})
+
+
+def test_adapters_that_replace_modules_are_not_summed():
+    with pytest.raises(MethodError, match="lm_head"):
+        combine(several(plain(modules_to_save=["lm_head"])), {"a": 1.0})

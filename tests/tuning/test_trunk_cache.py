@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from luthier import method
+from luthier.data.packing import PackedCollator
 from luthier.errors import MethodError
 from luthier.tuning import trunk_cache
 from luthier.tuning.attach import attach
@@ -164,6 +165,17 @@ def test_padding_and_packing_leave_the_key_of_a_document():
     ]
     # Where attention crosses documents, a packed row is one.
     assert len(list(documents(**packed, isolated=False))) == 1
+
+
+def test_filling_of_packed_rows_is_no_document(tmp_path):
+    """Its length depends on its neighbours in a batch: as a document it would be new in each epoch."""
+    model = attach(tiny.llama(num_hidden_layers=3), method("top_layers")(k=1, cache_trunk=True))
+    calls = counting(model)
+    rows = [{n: t[0].tolist() for n, t in pack([row]).items()} for row in uneven(model)]
+    trainer = training.trainer(model, tmp_path / "run", rows, **EPOCHS)
+    trainer.data_collator = PackedCollator(tiny.PAD)
+    trainer.train()
+    assert calls[0] == 5
 
 
 def test_positions_belong_to_the_key():

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from luthier import checks
-from luthier.errors import CheckError, MethodError
+from luthier.errors import CheckError, MethodError, did_you_mean
 from luthier.tuning.attach import tuning_of
 from luthier.tuning.groups import require_untieable
 from luthier.tuning.probe import distance, probe_logits
@@ -38,16 +38,11 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """
     if not isinstance(model, PeftModel):
         return model
-    config = tuning_of(model)
+    title = type(tuning_of(model)).__module__.rsplit(".", 1)[-1]
     _require_mergeable(model)
-    own = {n.replace(".base_layer.", "."): p.dtype for n, p in model.get_base_model().named_parameters()}
-    base_dtype = next(iter(own.values()))
-    # Not model.float(): buffers such as RoPE's have a precision of their own.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float()
+    own = _to_float32(model)
     adapted = probe_logits(model)
-    with model.disable_adapter():
-        base = probe_logits(model)
+    base = _base_logits(model)
 
     shared = _split_shared(model)
     try:
@@ -55,23 +50,95 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     except ValueError as error:
         raise CheckError(f"The adapter cannot be merged: {error}.") from error
     _join_equal(merged, shared)
-    # Whatever an adapter left frozen or open, the merged weights are those of an ordinary model.
-    merged.requires_grad_(True)
-    merged.luthier_tuning = None
+    _prove(probe_logits(merged), adapted, base, EXACT, f"merged = unmerged ({title}, float32)")
+    return _finish(merged, own, dtype, adapted, base, title)
 
-    name = type(config).__module__.rsplit(".", 1)[-1]
-    _prove(merged, adapted, base, EXACT, f"merged = unmerged ({name}, float32)")
+
+def combine(model: PeftModel, weights: dict[str, float], dtype: torch.dtype | None = None) -> nn.Module:
+    """The base plus a weighted sum of what each adapter changes: W + sum_i w_i (W_i - W).
+
+    Summing the changes, not the factors, keeps the identity that {name: 1.0} is the adapter itself; PEFT's
+    `add_weighted_adapter` breaks it for rsLoRA, biases and DoRA. The model given is used up.
+
+    Args:
+        weights: adapter's name to its weight.
+        dtype: of the result; default: the base's own.
+
+    Raises:
+        MethodError: an unknown adapter, a quantised base, or adapters that also replace whole modules.
+        CheckError: an adapter's change is not what the adapter does, or rounding loses the sum.
+    """
+    for name in weights:
+        if name not in model.peft_config:
+            raise MethodError(f"There is no adapter '{name}'.", fix=did_you_mean(name, model.peft_config))
+        if model.peft_config[name].modules_to_save:
+            raise MethodError(
+                f"Adapter '{name}' replaces whole modules: {model.peft_config[name].modules_to_save}.",
+                fix="Merge it alone.",
+            )
+    _require_mergeable(model)
+    own = _to_float32(model)
+    base = _base_logits(model)
+    shared = _split_shared(model)
+    layers = [m for m in model.get_base_model().modules() if isinstance(m, BaseTunerLayer)]
+    start = {p: p.detach().clone() for layer in layers for p in layer.get_base_layer().parameters()}
+    total = {p: torch.zeros_like(p) for p in start}
+    for name, weight in weights.items():
+        model.set_adapter(name)
+        adapted = probe_logits(model)
+        for layer in layers:
+            layer.merge(safe_merge=True, adapter_names=[name])
+        _prove(probe_logits(model), adapted, base, EXACT, f"merged = unmerged ({name}, float32)")
+        for p, original in start.items():
+            total[p] += weight * (p.detach() - original)
+            p.data = original.clone()  # not unmerge: it would add its own rounding
+        for layer in layers:
+            layer.merged_adapters.clear()
+    for p, change in total.items():
+        p.data += change
+    merged = model.unload()
+    _join_equal(merged, shared)
+    return _finish(merged, own, dtype, probe_logits(merged), base, " + ".join(weights))
+
+
+def _to_float32(model: PeftModel) -> dict[str, torch.dtype]:
+    """Compute in fp32 from now on; returns the precision of each base parameter before.
+
+    Not model.float(): buffers such as RoPE's have a precision of their own.
+    """
+    own = {n.replace(".base_layer.", "."): p.dtype for n, p in model.get_base_model().named_parameters()}
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    return own
+
+
+def _base_logits(model: PeftModel) -> torch.Tensor:
+    with model.disable_adapter():
+        return probe_logits(model)
+
+
+def _finish(
+    merged: nn.Module,
+    own: dict[str, torch.dtype],
+    dtype: torch.dtype | None,
+    adapted: torch.Tensor,
+    base: torch.Tensor,
+    title: str,
+) -> nn.Module:
+    """Round to the final precision, once, and prove that the adapter survives it."""
+    merged.requires_grad_(True)  # an ordinary model, whatever the adapter had frozen
+    merged.luthier_tuning = None
+    common = next(iter(own.values()))
     # Weights that the architecture keeps in another precision than the rest stay in it.
     final = {
-        n: dtype or base_dtype if own.get(n, base_dtype) == base_dtype else own[n]
-        for n, _ in merged.named_parameters()
+        n: dtype or common if own.get(n, common) == common else own[n] for n, _ in merged.named_parameters()
     }
     if set(final.values()) != {torch.float32}:
         # Rounded, but still computed with in fp32: the probe sees the rounding alone.
         for n, parameter in merged.named_parameters():
             parameter.data = parameter.data.to(final[n]).float()
-        rounded = str(dtype or base_dtype).removeprefix("torch.")
-        _prove(merged, adapted, base, ROUNDED, f"merged = unmerged ({name}, {rounded})")
+        rounded = str(dtype or common).removeprefix("torch.")
+        _prove(probe_logits(merged), adapted, base, ROUNDED, f"merged = unmerged ({title}, {rounded})")
         for n, parameter in merged.named_parameters():
             parameter.data = parameter.data.to(final[n])
     return merged
@@ -124,10 +191,13 @@ def _join_equal(model: nn.Module, shared: list[list[str]]) -> None:
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def _prove(model: nn.Module, adapted: torch.Tensor, base: torch.Tensor, tolerance: float, name: str) -> None:
+def _prove(
+    merged: torch.Tensor, adapted: torch.Tensor, base: torch.Tensor, tolerance: float, name: str
+) -> None:
+    """Hold the logits of the merged model against those of the unmerged one."""
     least = NOISE / tolerance
     effect = adapted - base if distance(adapted, base) > least else least * base
-    error = distance(probe_logits(model), adapted, effect)
+    error = distance(merged, adapted, effect)
     checks.record(
         "merge",
         name,

@@ -191,7 +191,8 @@ class TrunkCache:
         # Only without a key-value cache does transformers read restarting positions as separate documents.
         use_cache = kwargs.get("use_cache")
         isolated = not (self.model.config.use_cache if use_cache is None else use_cache)
-        self._keys = list(documents(**{name: kwargs.get(name) for name in INPUTS}, isolated=isolated))
+        given = {name: kwargs.get(name) for name in INPUTS}
+        self._keys = list(documents(**given, labels=kwargs.get("labels"), isolated=isolated))
         if not all(key in self.store for key, _, _ in self._keys):
             self.misses += 1
             return
@@ -220,11 +221,14 @@ def documents(
     position_ids: Tensor | None = None,
     token_type_ids: Tensor | None = None,
     *,
+    labels: Tensor | None = None,
     isolated: bool = True,
 ) -> Iterator[tuple[bytes, int, Tensor]]:
     """The documents of a batch (batch, seq): hash, row and columns of each; padding belongs to none.
 
     Args:
+        labels: where given, a packed document without any is left out: it is filling, which nothing looks at
+            and whose length changes from batch to batch.
         isolated: whether attention stays within a document where positions restart.
 
     Raises:
@@ -249,6 +253,8 @@ def documents(
         bounds = [0, *(jumps.tolist() if packed else []), len(here)]
         for start, end in itertools.pairwise(bounds):
             part = here[start:end]
+            if packed and labels is not None and bool((labels[row, part.to(labels.device)] == -100).all()):
+                continue
             yield hashlib.sha256(described[row, part].numpy().tobytes()).digest(), row, part
 
 
@@ -268,7 +274,9 @@ def trunk_key(model: nn.Module, depth: int) -> str:
 
 
 def cache_root() -> Path:
-    return Path(os.environ.get("LUTHIER_CACHE", Path.home() / ".cache" / "luthier")) / "trunk"
+    """Where caches live: $LUTHIER_TRUNK_CACHE, or a folder of Luthier's own cache."""
+    own = os.environ.get("LUTHIER_TRUNK_CACHE")
+    return Path(own or Path(os.environ.get("LUTHIER_CACHE", Path.home() / ".cache" / "luthier"), "trunk"))
 
 
 class CacheTrunk(TrainerCallback):

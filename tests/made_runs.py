@@ -88,7 +88,7 @@ def record_of(draw: random.Random) -> dict[str, Any]:
 
 
 def predictions(tuned: bool, count: int = 60) -> list[dict[str, Any]]:
-    """The base chats; the tuned model is right but for every ninth answer, one of which the base had right."""
+    """The base chats; the tuned model is right but for every ninth answer; the base had one of those."""
     found = []
     for index in range(count):
         draw = random.Random(index)

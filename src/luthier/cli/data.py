@@ -152,7 +152,7 @@ def check(
     with TemporaryDirectory() as temporary:
         found = survey(
             _spec(file, format, column, split),
-            eval_spec=_spec(eval_file, "auto", None, None) if eval_file else None,
+            eval_spec=_spec(eval_file, format, column, None) if eval_file else None,
             tokenizer=_tokenizer(model) if model else None,
             max_length=max_length,
             train_on=train_on,
@@ -160,14 +160,14 @@ def check(
             rejected_file=rejected or Path(temporary) / "rejected.jsonl",
         )
     console = Console()
-    console.print(_summary(found, max_length, eval_file))
+    console.print(_summary(found, max_length))
     _print_lengths(console, found)
     _print_faults(console, found)
     if found.faulty:
         raise typer.Exit(1)
 
 
-def _summary(found: "Survey", max_length: int | None, eval_file: str | None) -> Table:
+def _summary(found: "Survey", max_length: int | None) -> Table:
     report, encoding = found.loaded.report, found.encoding
     table = Table(show_header=False, box=None)
     table.add_row("format", f"{report.format}, {'conversational ' * report.conversational}{report.type}")
@@ -176,7 +176,9 @@ def _summary(found: "Survey", max_length: int | None, eval_file: str | None) -> 
     table.add_row("bad records", _counts(report.rejected))
     table.add_row("repaired or remarked", _counts(report.noted))
     table.add_row("exact copies", str(report.duplicates))
-    if eval_file:
+    if found.held_out is not None:
+        held_out = found.held_out.report
+        table.add_row("records of --eval", f"{held_out.read}, bad: {_counts(held_out.rejected)}")
         table.add_row("prompts also in --eval", str(report.leaked))
     if encoding is not None:
         if found.loaded.type != "text":

@@ -111,15 +111,15 @@ def canonical(row: Row) -> bytes:
 def load(
     spec: DataSpec | str | Path,
     *,
-    eval_path: DataSpec | str | Path | None = None,
+    eval_path: DataSpec | Loaded | str | Path | None = None,
     rejected_file: Path | None = None,
 ) -> Loaded:
     """Read, detect, convert and check a data set.
 
     Args:
         spec: what to read; a plain path is read with the defaults.
-        eval_path: held-out data; training rows whose prompt is in it leak, and are refused (strict) or
-            set aside (quarantine).
+        eval_path: held-out data (read or not yet); training rows whose prompt is in it leak, and are
+            refused (strict) or set aside (quarantine).
         rejected_file: where quarantined records go; by default beside the data.
 
     Raises:
@@ -134,7 +134,10 @@ def load(
     report.format = _format(raws, spec)
     report.type = formats.FORMATS[report.format].type
     report.unused = _unused(raws, spec, report.format)
-    held_out = {prompt_key(row) for row in load(eval_path).records} if eval_path is not None else None
+    held_out = None
+    if eval_path is not None:
+        held = eval_path if isinstance(eval_path, Loaded) else load(eval_path)
+        held_out = {prompt_key(row) for row in held.records}
     records, set_aside = _convert(raws, spec, report, held_out)
     if set_aside:
         report.rejected_file = str(_write_rejected(set_aside, spec, rejected_file))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from luthier.data.load import Loaded, load
@@ -17,6 +18,7 @@ class Survey:
     """The findings.
 
     Attributes:
+        held_out: the evaluation data, where some were given.
         lengths: of each example, in `unit`s (tokens with a tokenizer, else characters).
         truncated: examples longer than max_length; emptied: of these, the ones that lose every label.
         encoding: the report of the encoding, where rows are of a type that is trained as text.
@@ -26,6 +28,7 @@ class Survey:
     loaded: Loaded
     lengths: list[int]
     unit: str
+    held_out: Loaded | None = None
     truncated: int = 0
     emptied: int = 0
     encoding: EncodeReport | None = None
@@ -34,7 +37,9 @@ class Survey:
     @property
     def faulty(self) -> bool:
         """Whether training as it stands would be refused or give wrong figures."""
-        return bool(self.loaded.report.rejected or self.loaded.report.leaked or self.empty_labels)
+        held_out_bad = self.held_out is not None and self.held_out.report.rejected
+        report = self.loaded.report
+        return bool(report.rejected or report.leaked or self.empty_labels or held_out_bad)
 
 
 def survey(
@@ -45,20 +50,26 @@ def survey(
     max_length: int | None = None,
     train_on: Any = "assistant_all",
     chat: str = "auto",
-    rejected_file: Any = None,
+    rejected_file: Path,
 ) -> Survey:
     """Look at a whole data set. Nothing is refused but a file that gives no record at all.
+
+    Bad records are written to `rejected_file`, those of the evaluation data beside it (eval-NAME).
 
     Raises:
         DataError: nothing can be read, the format is unknown, or the chat template cannot be trained on.
     """
     everything = {"on_bad": "quarantine", "max_bad": 1.0, "allow_leakage": True}
-    loaded = load(spec.model_copy(update=everything), eval_path=eval_spec, rejected_file=rejected_file)
+    held_out = None
+    if eval_spec is not None:
+        aside = rejected_file.with_name(f"eval-{rejected_file.name}")
+        held_out = load(eval_spec.model_copy(update=everything), rejected_file=aside)
+    loaded = load(spec.model_copy(update=everything), eval_path=held_out, rejected_file=rejected_file)
     if tokenizer is None or loaded.type not in ENCODED:
         lengths = [sum(len(text) for text in strings(row)) for row in loaded.records]
-        return Survey(loaded, lengths, "characters")
+        return Survey(loaded, lengths, "characters", held_out)
     encoded = encode(loaded, tokenizer, max_length=None, train_on=train_on, chat=chat, allow_empty=True)
-    found = Survey(loaded, [], "tokens", encoding=encoded.report)
+    found = Survey(loaded, [], "tokens", held_out, encoding=encoded.report)
     for index, labels in zip(encoded.source, encoded.dataset["labels"], strict=True):
         found.lengths.append(len(labels))
         if max_length is not None and len(labels) > max_length:

@@ -1,4 +1,4 @@
-"""INTERIM, uncommitted: written by the recipe builder so that the schema imports; the evaluation builder replaces it."""
+"""The metrics by name and what each needs, readable without torch (recipes are validated with it)."""
 
 from dataclasses import dataclass
 

@@ -354,11 +354,9 @@ def write(folder: str | Path, seed: int = 0, train: int = 1500, test: int = 100)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for split, count in counts.items():
-        lines = (
-            json.dumps(ticket.row(), ensure_ascii=False) + "\n" for ticket in tickets(split, count, seed)
-        )
+        rows = (ticket.row() for ticket in tickets(split, count, seed))
         path = folder / f"{split}.jsonl"
-        path.write_text("".join(rows), encoding="utf-8")
+        path.write_text("".join(lines), encoding="utf-8")
         paths.append(path)
     return paths[0], paths[1]
 

@@ -127,7 +127,8 @@ class Magnitude(DoraLinearLayer):
     def norms(self, base_layer: nn.Module, a: Tensor, b: Tensor, scale: float) -> Tensor:
         """||V_i|| (out) in fp32, a constant for the gradient."""
         weight = transpose(base_layer.weight, self.fan_in_fan_out)  # (out, in)
-        with torch.autocast(weight.device.type, enabled=False):
+        kind = "cpu" if weight.is_meta else weight.device.type  # the planner's meta device has no autocast
+        with torch.autocast(kind, enabled=False):
             return row_norms(weight.float(), a.float(), b.float(), scale, self.base_norms(base_layer))
 
     def train(self, mode: bool = True) -> "Magnitude":

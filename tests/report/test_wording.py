@@ -2,6 +2,7 @@
 
 import pytest
 
+from luthier.evaluation.names import METRICS
 from luthier.report import wording
 
 
@@ -47,3 +48,10 @@ def test_a_metric_of_a_named_stage_keeps_its_meaning():
 
 def test_an_unknown_metric_is_shown_under_its_own_name():
     assert wording.meaning("bleu_4").title == "Bleu 4"
+
+
+def test_metrics_that_a_recipe_can_name_have_a_sentence_and_the_right_direction():
+    for name, metric in METRICS.items():
+        meaning = wording.meaning(name)
+        assert meaning.sentence != wording.meaning("no such metric").sentence
+        assert meaning.better == ("higher" if metric.higher_is_better else "lower")

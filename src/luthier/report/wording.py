@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from luthier.evaluation import names
+
 
 @dataclass(frozen=True)
 class Meaning:
@@ -21,6 +23,7 @@ class Meaning:
     share: bool = False
 
 
+# Said at more length than in `luthier.evaluation.names`, which has the sentences of all other metrics.
 METRICS = {
     "perplexity": Meaning(
         "Perplexity",
@@ -40,13 +43,6 @@ METRICS = {
     "rouge2": Meaning("ROUGE-2", "Overlap of word pairs with the reference (F1).", "higher", share=True),
     "rougeL": Meaning(
         "ROUGE-L", "Longest sequence of words shared with the reference (F1).", "higher", share=True
-    ),
-    "accuracy": Meaning("Accuracy", "Share of examples answered rightly.", "higher", share=True),
-    "accuracy_norm": Meaning(
-        "Accuracy, length-normalised",
-        "Share of questions where the right choice has the highest log-likelihood per unit of length.",
-        "higher",
-        share=True,
     ),
     "f1": Meaning(
         "F1",
@@ -117,13 +113,19 @@ WHEN = {
 
 def meaning(name: str) -> Meaning:
     """What a metric says; an unknown one is shown under its own name, as it was measured."""
-    if name in METRICS:
-        return METRICS[name]
-    tail = name.rsplit("/", 1)[-1]
-    if tail in METRICS:
-        return METRICS[tail]
-    title = name.replace("_", " ").strip().capitalize()
-    return Meaning(title, "A metric of the recipe's own; see the code that computes it.", "higher")
+    for key in (name, name.rsplit("/", 1)[-1]):
+        if key in METRICS:
+            return METRICS[key]
+        if key in names.METRICS:
+            metric = names.METRICS[key]
+            # All that a recipe can ask for are shares of one, but perplexity.
+            better: Literal["higher", "lower"] = "higher" if metric.higher_is_better else "lower"
+            return Meaning(_title(key), metric.help, better, share=metric.higher_is_better)
+    return Meaning(_title(name), "A metric of the recipe's own; see the code that computes it.", "higher")
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ").strip().capitalize()
 
 
 def logged_meaning(name: str) -> Meaning:
@@ -132,7 +134,7 @@ def logged_meaning(name: str) -> Meaning:
         return LOGGED[name]
     if name.removeprefix("eval_") in METRICS:
         return METRICS[name.removeprefix("eval_")]
-    return Meaning(name.replace("_", " ").capitalize(), f"Logged by the trainer as “{name}”.")
+    return Meaning(_title(name), f"Logged by the trainer as “{name}”.")
 
 
 def show(name: str, value: float | None) -> str:

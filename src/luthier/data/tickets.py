@@ -356,6 +356,7 @@ def write(folder: str | Path, seed: int = 0, train: int = 1500, test: int = 100)
     for split, count in counts.items():
         rows = (ticket.row() for ticket in tickets(split, count, seed))
         path = folder / f"{split}.jsonl"
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         path.write_text("".join(lines), encoding="utf-8")
         paths.append(path)
     return paths[0], paths[1]

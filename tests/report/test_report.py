@@ -185,7 +185,7 @@ class TestMissingParts:
         )
         page = read(write_report(run))
         assert "The run is still at work." in page.text
-        assert "There is no evaluation before" in page.text
+        assert "Measured before tuning; the evaluation after it has not ended." in page.text
         hover = next(
             json.loads(a["data-hover"]) for tag, a in page.elements if tag == "svg" and "data-hover" in a
         )
@@ -211,6 +211,10 @@ class TestMissingParts:
     def test_nothing_but_the_recipe(self, tmp_path):
         made_runs.write(tmp_path / "run.json", {"status": "running", "recipe": made_runs.recipe()})
         assert "there is no result to show yet" in read(write_report(tmp_path)).text
+
+    def test_an_evaluation_alone_claims_no_change(self, run):
+        shutil.rmtree(run / "01-before")
+        assert "There is no evaluation before" in read(write_report(run)).text
 
     def test_stages_without_run_json(self, run):
         (run / "run.json").unlink()

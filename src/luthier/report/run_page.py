@@ -43,7 +43,7 @@ def page(run: Run) -> dict[str, Any]:
     return {
         "run": run,
         "summary": summary(run),
-        "headlines": headlines(before, after) if after else [],
+        "headlines": headlines(before, after, first_alone(run, before, after)) if after else [],
         "notices": [
             (stage, notice) for stage in run.of_kind("tune") for notice in notices.read_curves(stage.history)
         ],
@@ -71,13 +71,23 @@ def before_and_after(run: Run) -> tuple[Stage | None, Stage | None]:
     return (same[0] if len(same) > 1 else None), after
 
 
-def headlines(before: Stage | None, after: Stage) -> list[Headline]:
+def first_alone(run: Run, before: Stage | None, after: Stage | None) -> bool:
+    """Whether the only evaluation is the one before tuning, and the one after it has not ended."""
+    if before is not None or after is None:
+        return False
+    later = run.stages[run.stages.index(after) + 1 :]
+    return any(stage.kind != "evaluate" for stage in later)
+
+
+def headlines(before: Stage | None, after: Stage, first_only: bool = False) -> list[Headline]:
     former = before.metrics if before else {}
     found = []
     for name, new in after.metrics.items():
         old = former.get(name)
         meaning = wording.meaning(name)
         verdict, tone = _verdict(name, old, new)
+        if first_only:
+            verdict = "Measured before tuning; the evaluation after it has not ended."
         rows = [("before", old.value, old.low, old.high, "second")] if old else []
         rows.append(("after" if old else "result", new.value, new.low, new.high, "main"))
         finite = all(math.isfinite(row[1]) for row in rows)

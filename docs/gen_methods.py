@@ -72,16 +72,14 @@ def overview() -> str:
 
 def page(method: Method) -> str:
     """Title, paper, advice, cost, text of the file, options and recipe of one method."""
-    facts = [
-        ("Paper", method.paper),
-        ("Pick it when", method.when),
-        ("Cost", method.cost),
-        ("Place", f"`{method.path}`"),
-    ]
+    facts = {
+        "Paper:": method.paper,
+        "Pick it when": method.when,
+        "Cost:": method.cost,
+        "Place:": f"`{method.path}`",
+    }
     parts = [f"# {method.title}"]
-    parts.append(
-        "\n".join(["| | |", "|---|---|", *(f"| **{key}** | {_cell(text)} |" for key, text in facts if text)])
-    )
+    parts.append("\n".join(f"- **{name}** {' '.join(text.split())}" for name, text in facts.items() if text))
     parts.append(_body(method))
     if options := method.options():
         parts.append(f"## Options\n\n{_table(options)}")
@@ -93,7 +91,7 @@ def page(method: Method) -> str:
 
 
 def _body(method: Method) -> str:
-    """The docstring without its title and its marked paragraphs, which stand in the table."""
+    """The docstring without its title and its marked paragraphs, which stand above it."""
     paragraphs = method.doc.split("\n\n")
     marks = ("Paper:", "Pick it when", "Cost:", "Family:")
     return "\n\n".join(p for p in paragraphs[1:] if not p.startswith(marks))
@@ -108,4 +106,6 @@ def _table(options: list[Option]) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    """Text for a table's cell: a bar outside code would end it."""
+    parts = " ".join(text.split()).split("`")
+    return "`".join(part if i % 2 else part.replace("|", "\\|") for i, part in enumerate(parts))

@@ -1,40 +1,84 @@
-"""Classes predicted by a sequence classifier, and their accuracy and F1."""
+"""Classes predicted by a sequence classifier, and F1 from counts."""
 
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from luthier.data.packing import PaddedCollator
-
-
-@torch.inference_mode()
-def predict(model: Any, dataset: Any, pad_token_id: int, *, batch_size: int = 16) -> np.ndarray:
-    """Logits (n, classes) of a data set of encoded texts, in order."""
-    collate = PaddedCollator(pad_token_id)
-    order = sorted(range(len(dataset)), key=lambda i: len(dataset[i]["input_ids"]))
-    logits = np.zeros((len(dataset), model.config.num_labels), dtype=np.float32)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = collate([dataset[i] for i in rows])
-        batch.pop("labels", None)
-        output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
-        logits[rows] = output.logits.float().cpu().numpy()
-    return logits
+from luthier.data.load import Loaded
+from luthier.data.tokenize import encode_classification
+from luthier.errors import DataError
+from luthier.models import structure
+from luthier.tuning.probe import evaluating
 
 
-def confusion(predicted: np.ndarray, gold: np.ndarray, classes: int) -> np.ndarray:
-    """What each example adds to (true positives, predicted, gold) of each class, (n, 3 * classes)."""
-    ours, theirs = np.eye(classes)[predicted], np.eye(classes)[gold]
-    return np.concatenate([ours * theirs, ours, theirs], axis=1)
+def classify(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, loaded: Loaded, *, batch_size: int = 16
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Predicted and right class (n,) of every row, and the names of the classes.
+
+    Raises:
+        DataError: rows of another type, or classes that are not the model's.
+    """
+    config = structure.base(model).config
+    names = class_names(config, loaded)
+    limit = getattr(config, "max_position_embeddings", None)
+    encoded = encode_classification(loaded, tokenizer, max_length=limit, labels=names)
+    if len(encoded.label_names or []) > config.num_labels:
+        raise DataError(
+            f"{loaded.spec.path} has {len(encoded.label_names or [])} classes, the model {config.num_labels}."
+        )
+    order = np.argsort([-len(ids) for ids in encoded.dataset["input_ids"]], kind="stable")
+    rows = encoded.dataset.remove_columns("labels")
+    collate = DataCollatorWithPadding(tokenizer)
+    predicted = np.zeros(len(order), dtype=int)
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            inputs = collate([rows[int(i)] for i in batch]).to(structure.base(model).device)
+            # The mask is made from lengths: a pad id may stand inside a text too.
+            lengths = torch.tensor([len(rows[int(i)]["input_ids"]) for i in batch])
+            at = torch.arange(inputs["input_ids"].shape[1])
+            real = (
+                at < lengths[:, None] if tokenizer.padding_side == "right" else at.flip(0) < lengths[:, None]
+            )
+            inputs["attention_mask"] = real.long().to(inputs["input_ids"].device)
+            predicted[batch] = model(**inputs).logits.argmax(-1).cpu().numpy()
+    return predicted, np.array(encoded.dataset["labels"]), encoded.label_names or []
+
+
+def class_names(config: Any, loaded: Loaded) -> list[str] | None:
+    """The model's names of its classes, in order; None where it has none of its own (LABEL_0, ...)."""
+    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    if names == [f"LABEL_{i}" for i in range(config.num_labels)]:
+        return None
+    found = {str(row["label"]) for row in loaded.records}
+    # Data may number the classes that the model names.
+    return None if found <= {str(i) for i in range(len(names))} and not found & set(names) else names
+
+
+def class_counts(predicted: np.ndarray, wanted: np.ndarray, count: int) -> np.ndarray:
+    """(right, predicted, wanted) of each of `count` classes for each row: (n, count * 3)."""
+    classes = np.arange(count)
+    is_predicted = predicted[:, None] == classes  # (n, classes)
+    is_wanted = wanted[:, None] == classes
+    counts = np.stack([is_predicted & is_wanted, is_predicted, is_wanted], axis=-1)  # (n, classes, 3)
+    return counts.reshape(len(predicted), -1).astype(float)
 
 
 def macro_f1(sums: np.ndarray) -> np.ndarray:
-    """Unweighted mean of the classes' F1, of summed `confusion` (b, 3 * classes), to (b,).
+    """Mean F1 over the classes that occur, as predicted or as wanted: (..., classes * 3) -> (...)."""
+    counts = sums.reshape(*sums.shape[:-1], -1, 3)
+    below = counts[..., 1] + counts[..., 2]
+    each = np.divide(2 * counts[..., 0], below, out=np.zeros(below.shape), where=below != 0)
+    occurring = np.maximum((below != 0).sum(-1), 1)
+    return each.sum(-1) / occurring
 
-    A class that is neither predicted nor there is left out of the mean.
-    """
-    right, ours, theirs = np.split(sums, 3, axis=1)
-    there = (ours + theirs) > 0
-    f1 = np.where(there, 2 * right / np.maximum(ours + theirs, 1), 0)
-    return f1.sum(1) / np.maximum(there.sum(1), 1)
+
+def binary_f1(sums: np.ndarray) -> np.ndarray:
+    """F1 of class 1: (..., 6) -> (...); 0 where it is neither predicted nor wanted."""
+    right, predicted, wanted = sums[..., 3], sums[..., 4], sums[..., 5]
+    below = predicted + wanted
+    return np.divide(2 * right, below, out=np.zeros(below.shape), where=below != 0)

@@ -1,205 +1,286 @@
-"""Measure a model on data: metrics with confidence intervals, and what it answered to each example."""
+"""Metrics of a model on held-out data, each with its confidence interval, and what the model answered."""
 
+import dataclasses
+import logging
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peft import PeftModel
-from rich.progress import track
-from transformers import set_seed
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from luthier.data.load import Loaded, load
+from luthier.data.rows import Row
 from luthier.data.spec import DataSpec
-from luthier.data.tokenize import encode, encode_classification, gold, prompt_ids
-from luthier.errors import DataError, MethodError, did_you_mean
-from luthier.evaluation import classification, text_metrics
-from luthier.evaluation.bootstrap import Metric, bootstrap, mean
-from luthier.evaluation.generation import generate
+from luthier.data.tokenize import conversation, gold, prompt_ids, prompt_text
+from luthier.errors import DataError, did_you_mean
+from luthier.evaluation import text_metrics
+from luthier.evaluation.bootstrap import Metric, interval, mean
+from luthier.evaluation.choices import rank
+from luthier.evaluation.classification import binary_f1, class_counts, classify, macro_f1
+from luthier.evaluation.generation import Answer, generate
 from luthier.evaluation.names import METRICS
-from luthier.evaluation.perplexity import token_losses
-from luthier.models.structure import task
+from luthier.evaluation.perplexity import perplexity, sequences
+from luthier.models import structure
 
-# Longest window that is scored at once; models that take less have it in their config.
-WINDOW = 2048
+log = logging.getLogger("luthier.evaluation")
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+SHORTEST_LIMIT = 32  # new tokens
 
 
 @dataclass
 class Evaluation:
-    """`metrics` by name; `predictions` has {index, prompt, gold, prediction, scores, ended} an example."""
+    """What was measured.
+
+    Attributes:
+        metrics: by name as asked for, and "ended": the share of answers that ended by themselves.
+        predictions: one a row: {index, prompt, gold, prediction, scores, ...}; none for perplexity alone.
+        details: numbers behind a metric, such as the F1 of each field.
+    """
 
     metrics: dict[str, Metric] = field(default_factory=dict)
     predictions: list[dict[str, Any]] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate(
-    model: Any,
-    data: Loaded | DataSpec | str | Path,
-    metrics: tuple[str, ...] | list[str] = ("perplexity",),
+    model: nn.Module,
+    data: DataSpec | Loaded | str | Path,
+    metrics: Sequence[str] = ("perplexity",),
     *,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     batch_size: int = 16,
     generation: dict[str, Any] | None = None,
     samples: int | None = None,
     seed: int = 0,
+    window: int | None = None,
+    stride: int | None = None,
 ) -> Evaluation:
-    """Evaluate a causal model, an encoder-decoder or a classifier.
+    """Measure a model.
 
     Args:
-        data: rows with a reference: messages, prompt and completion, text (perplexity), or text and label.
-        metrics: names from `luthier.evaluation.names.METRICS`.
-        generation: options of transformers' `GenerationConfig`; greedy by default.
-        samples: draw this many rows with `seed`, the same ones for every model; None takes all.
+        data: a file, a data specification, or rows that are loaded already.
+        metrics: names of `luthier.evaluation.names.METRICS`; those that generate share the answers.
+        batch_size: rows that go through the model at once.
+        generation: fields of `transformers.GenerationConfig`. Answers are greedy; where no limit is given
+            they may be one and a half times as long as the longest reference answer.
+        samples: use so many rows only, drawn with the seed.
+        seed: of the rows drawn, of sampling and of the bootstrap.
+        window, stride: of the perplexity of texts longer than the window, see `perplexity`.
 
     Raises:
-        MethodError: an unknown metric, or one that this kind of model cannot be measured by.
-        DataError: the rows do not have what a metric needs.
+        DataError: an unknown metric, or rows or a model that it cannot be measured on.
     """
-    kind = task(model) or "causal"
-    _require(metrics, kind)
-    loaded = data if isinstance(data, Loaded) else load(data)
-    rows = _drawn(loaded, samples, seed)
-    training = model.training
-    model.eval()
-    set_seed(seed)  # sampled answers are the same in every run
+    loaded = _sampled(data if isinstance(data, Loaded) else load(data), samples, seed)
+    _require_measurable(model, loaded, metrics)
     found = Evaluation()
-    try:
-        if kind == "classification":
-            _classify(found, model, rows, tokenizer, metrics, batch_size, seed)
-        if "perplexity" in metrics:
-            found.metrics["perplexity"] = _perplexity(model, rows, tokenizer, seed)
-        if any(METRICS[name].generates for name in metrics):
-            _answer(found, model, rows, tokenizer, metrics, batch_size, generation or {}, seed)
-    finally:
-        model.train(training)
+    indices = [row["index"] for row in loaded.records]
+    if "perplexity" in metrics:
+        texts = sequences(loaded, tokenizer)
+        found.metrics["perplexity"] = perplexity(
+            model, texts, batch_size=batch_size, window=window, stride=stride, seed=seed
+        )
+    written = [name for name in metrics if METRICS[name].generates]
+    if written:
+        answers, wanted = _answers(model, tokenizer, loaded, batch_size, generation or {}, seed)
+        _score_answers(found, loaded, answers, wanted, written, seed)
+    if chosen := [name for name in metrics if name.startswith("multiple_choice")]:
+        _score_choices(found, model, tokenizer, loaded, chosen, batch_size, seed)
+    if classes := [name for name in metrics if METRICS[name].tasks == ("classification",)]:
+        _score_classes(found, model, tokenizer, loaded, classes, batch_size, seed)
+    for prediction, index in zip(found.predictions, indices, strict=False):
+        prediction["index"] = index
+    found.metrics = {name: found.metrics[name] for name in [*metrics, "ended"] if name in found.metrics}
+    for name, metric in found.metrics.items():
+        log.info("%s = %.4g (%.4g to %.4g, n = %d)", name, metric.value, metric.low, metric.high, metric.n)
     return found
 
 
-def _require(metrics: tuple[str, ...] | list[str], kind: str) -> None:
+def _sampled(loaded: Loaded, samples: int | None, seed: int) -> Loaded:
+    """The rows drawn, in the order of the file; each knows its place there as `index`."""
+    order = list(range(len(loaded)))
+    if samples is not None and samples < len(loaded):
+        order = sorted(random.Random(seed).sample(order, samples))
+    return dataclasses.replace(loaded, records=[loaded.records[i] | {"index": i} for i in order])
+
+
+def _require_measurable(model: nn.Module, loaded: Loaded, metrics: Sequence[str]) -> None:
+    task = structure.task(model)
     for name in metrics:
         if name not in METRICS:
-            raise MethodError(f"There is no metric '{name}'.", fix=did_you_mean(name, METRICS))
-        if kind not in METRICS[name].tasks:
-            fitting = ", ".join(metric.name for metric in METRICS.values() if kind in metric.tasks)
-            raise MethodError(
-                f"'{name}' cannot be measured on a {kind} model.", fix=f"Choose from: {fitting}."
+            raise DataError(f"There is no metric '{name}'.", fix=did_you_mean(name, METRICS))
+        known = METRICS[name]
+        if task is not None and task not in known.tasks:
+            fitting = [other for other, m in METRICS.items() if task in m.tasks]
+            raise DataError(
+                f"{name} cannot be measured on a {task} model.", fix=f"Metrics for it: {', '.join(fitting)}."
+            )
+        if loaded.type not in known.rows:
+            fitting = [other for other, m in METRICS.items() if loaded.type in m.rows]
+            raise DataError(
+                f"{name} needs rows of {' or '.join(known.rows)}; {loaded.spec.path} holds {loaded.type}.",
+                fix=f"Metrics for such rows: {', '.join(fitting) or 'none'}.",
             )
 
 
-def _drawn(loaded: Loaded, samples: int | None, seed: int) -> Loaded:
-    if samples is None or samples >= len(loaded):
-        return loaded
-    chosen = sorted(random.Random(seed).sample(range(len(loaded)), samples))
-    return Loaded([loaded.records[i] for i in chosen], loaded.type, loaded.report, loaded.spec)
+# Written answers ----------------------------------------------------------------------------------------
 
 
-def _perplexity(model: Any, rows: Loaded, tokenizer: Any, seed: int) -> Metric:
-    """Of the tokens that training would train: the answers of conversations, all of plain text."""
-    encoded = encode(rows, tokenizer, max_length=None)
-    examples = [(row["input_ids"], row["labels"]) for row in encoded.dataset.with_format(None)]
-    window = min(getattr(model.config, "max_position_embeddings", WINDOW), WINDOW)
-    counts = token_losses(model, examples, window=window)
-    return bootstrap(counts, lambda s: np.exp(s[:, 0] / np.maximum(s[:, 1], 1)), seed=seed)
-
-
-def _answer(
-    found: Evaluation,
-    model: Any,
-    rows: Loaded,
-    tokenizer: Any,
-    metrics: tuple[str, ...] | list[str],
+def _answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    loaded: Loaded,
     batch_size: int,
     generation: dict[str, Any],
     seed: int,
-) -> None:
-    references = [gold(row) for row in rows.records]
-    if task(model) == "seq2seq":
-        prompts = [tokenizer(_source(row))["input_ids"] for row in rows.records]
+) -> tuple[list[Answer], list[str]]:
+    wanted = [_gold(loaded, i) for i in range(len(loaded))]
+    if structure.base(model).config.is_encoder_decoder:
+        prompts = [
+            tokenizer(prompt_text(row, tokenizer), verbose=False)["input_ids"] for row in loaded.records
+        ]
     else:
-        prompts = [prompt_ids(row, tokenizer) for row in rows.records]
-    # Prompts of like length are taken together, some batches at a time: one bar shows how far it is.
-    step = batch_size * 8
-    answers: dict[int, Any] = {}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in track(range(0, len(order), step), description="answers", transient=True):
-        part = order[start : start + step]
-        made = generate(model, tokenizer, [prompts[i] for i in part], batch_size=batch_size, **generation)
-        answers |= dict(zip(part, made, strict=True))
-    pairs = [(answers[i].text, reference) for i, reference in enumerate(references)]
-    scores: dict[str, np.ndarray] = {}
+        prompts = [prompt_ids(row, tokenizer) for row in loaded.records]
+    if not {"max_new_tokens", "max_length"} & generation.keys():
+        longest = max(
+            len(ids) for ids in tokenizer(wanted, add_special_tokens=False, verbose=False)["input_ids"]
+        )
+        generation = generation | {"max_new_tokens": max(SHORTEST_LIMIT, longest * 3 // 2)}
+    answers = generate(model, tokenizer, prompts, batch_size=batch_size, options=generation, seed=seed)
+    return answers, wanted
+
+
+def _gold(loaded: Loaded, index: int) -> str:
+    try:
+        return gold(loaded.records[index])
+    except DataError as error:
+        raise DataError(f"{loaded.where(index)}: {error.message}", fix=error.fix) from error
+
+
+def _score_answers(
+    found: Evaluation,
+    loaded: Loaded,
+    answers: list[Answer],
+    wanted: list[str],
+    metrics: list[str],
+    seed: int,
+) -> None:
+    pairs = [(answer.text, reference) for answer, reference in zip(answers, wanted, strict=True)]
+    scores: dict[str, list[float]] = {}
     if "exact_match" in metrics:
-        scores["exact_match"] = np.array([text_metrics.exact_match(*pair) for pair in pairs])
-    if "rougeL" in metrics:
-        scores["rougeL"] = np.array([text_metrics.rouge_l(*pair) for pair in pairs])
+        scores["exact_match"] = [text_metrics.exact_match(*pair) for pair in pairs]
+    if "final_number" in metrics:
+        scores["final_number"] = [text_metrics.number_match(*pair) for pair in pairs]
+    if rouges := [name for name in ROUGE if name in metrics]:
+        each = [text_metrics.rouge(*pair) for pair in pairs]
+        scores |= {name: [row[name] for row in each] for name in rouges}
+    scores["ended"] = [float(answer.finished) for answer in answers]
+    for name, values in scores.items():
+        found.metrics[name] = interval(mean(np.array(values)), seed=seed)
     if "field_f1" in metrics:
-        counts = np.array([text_metrics.field_counts(*pair) for pair in pairs], dtype=np.float64)
-        scores["field_f1"] = text_metrics.f1_of_counts(counts)
-        found.metrics["field_f1"] = bootstrap(counts, text_metrics.f1_of_counts, seed=seed)
-    for name in ("exact_match", "rougeL"):
-        if name in scores:
-            found.metrics[name] = mean(scores[name], seed=seed)
-    ended = np.array([float(answers[i].ended) for i in range(len(references))])
-    found.metrics["ended"] = mean(ended, seed=seed)
-    for i, row in enumerate(rows.records):
+        scores["field_f1"] = _score_fields(found, loaded, pairs, seed)
+    names = [name for name in metrics if name in scores]
+    for i, (answer, reference) in enumerate(zip(answers, wanted, strict=True)):
         found.predictions.append(
             {
-                "index": i,
-                "prompt": _source(row),
-                "gold": references[i],
-                "prediction": answers[i].text,
-                "ended": answers[i].ended,
-                "scores": {name: float(values[i]) for name, values in scores.items()},
+                "prompt": _shown_prompt(loaded.records[i]),
+                "gold": reference,
+                "prediction": answer.text,
+                "finished": answer.finished,
+                "scores": {name: scores[name][i] for name in names},
             }
         )
 
 
-def _source(row: dict[str, Any]) -> str:
-    """What was asked, as one text."""
-    prompt = row["messages"][:-1] if "messages" in row else row.get("prompt")
-    if prompt is None:
+def _score_fields(found: Evaluation, loaded: Loaded, pairs: list[tuple[str, str]], seed: int) -> list[float]:
+    """Micro F1 over all fields; that of each field goes into the details. The F1 of each row."""
+    bare = [
+        i for i, (_, reference) in enumerate(pairs) if not isinstance(text_metrics.parsed(reference), dict)
+    ]
+    if bare:
         raise DataError(
-            "Rows without prompt cannot be answered.", fix="Give prompt and completion, or messages."
+            f"field_f1 compares JSON records, but the reference of {loaded.where(bare[0])} is none: "
+            f"{pairs[bare[0]][1][:80]!r}.",
+            fix="Use exact_match or a rouge metric.",
         )
-    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+    counts = [text_metrics.field_counts(*pair) for pair in pairs]
+    rows = np.array([text_metrics.total(row.values()) for row in counts])  # (n, 3)
+    found.metrics["field_f1"] = interval(rows, text_metrics.f1, seed=seed)
+    names = dict.fromkeys(name for _, reference in pairs for name in text_metrics.parsed(reference))
+    found.details["field_f1"] = {
+        name: float(text_metrics.f1(text_metrics.total(row[name] for row in counts if name in row)))
+        for name in names
+    }
+    return [float(value) for value in text_metrics.f1(rows)]
 
 
-def _classify(
+def _shown_prompt(row: Row) -> Any:
+    if isinstance(row.get("prompt"), str):
+        return row["prompt"]
+    messages, asked = conversation(row)
+    return [{"role": m["role"], "content": m["content"]} for m in messages[:asked]]
+
+
+# Choices and classes ------------------------------------------------------------------------------------
+
+
+def _score_choices(
     found: Evaluation,
-    model: Any,
-    rows: Loaded,
-    tokenizer: Any,
-    metrics: tuple[str, ...] | list[str],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    loaded: Loaded,
+    metrics: list[str],
     batch_size: int,
     seed: int,
 ) -> None:
-    names = _class_names(model, rows)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    encoded = encode_classification(rows, tokenizer, max_length=limit, labels=names)
-    reference = np.array(encoded.dataset["labels"])
-    logits = classification.predict(model, encoded.dataset, tokenizer.pad_token_id, batch_size=batch_size)
-    predicted = logits.argmax(1)
-    right = (predicted == reference).astype(np.float64)
-    if "accuracy" in metrics:
-        found.metrics["accuracy"] = mean(right, seed=seed)
-    if "f1" in metrics:
-        counts = classification.confusion(predicted, reference, logits.shape[1])
-        found.metrics["f1"] = bootstrap(counts, classification.macro_f1, seed=seed)
-    label_names = encoded.label_names or [str(i) for i in range(logits.shape[1])]
-    found.predictions = [
-        {
-            "index": i,
-            "prompt": row["text"],
-            "gold": label_names[reference[i]],
-            "prediction": label_names[predicted[i]],
-            "scores": {"accuracy": float(right[i])},
-        }
-        for i, row in enumerate(rows.records)
-    ]
+    ranked = rank(model, tokenizer, loaded, batch_size=batch_size)
+    scores = {name: [question.right(name.endswith("_norm")) for question in ranked] for name in metrics}
+    for name, values in scores.items():
+        found.metrics[name] = interval(mean(np.array(values)), seed=seed)
+    for i, (row, question) in enumerate(zip(loaded.records, ranked, strict=True)):
+        order = question.norm if metrics == ["multiple_choice_norm"] else question.raw
+        found.predictions.append(
+            {
+                "prompt": row["prompt"],
+                "gold": row["choices"][row["label"]],
+                "prediction": row["choices"][int(np.argmax(order))],
+                "log_likelihoods": question.raw.tolist(),
+                "scores": {name: scores[name][i] for name in metrics},
+            }
+        )
 
 
-def _class_names(model: Any, rows: Loaded) -> list[str] | None:
-    """The names that the model was trained with, unless they are transformers' LABEL_0, LABEL_1, ..."""
-    config = model.get_base_model().config if isinstance(model, PeftModel) else model.config
-    names = [config.id2label[i] for i in range(config.num_labels)]
-    return rows.spec.labels if all(name.startswith("LABEL_") for name in names) else names
+_OF_CLASSES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"f1": macro_f1, "binary_f1": binary_f1}
+
+
+def _score_classes(
+    found: Evaluation,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    loaded: Loaded,
+    metrics: list[str],
+    batch_size: int,
+    seed: int,
+) -> None:
+    predicted, wanted, names = classify(model, tokenizer, loaded, batch_size=batch_size)
+    right = (predicted == wanted).astype(float)
+    counts = class_counts(predicted, wanted, len(names))
+    if "binary_f1" in metrics and len(names) != 2:
+        raise DataError(f"binary_f1 needs two classes, not {len(names)}.", fix="Use f1.")
+    for name in metrics:
+        rows, statistic = (counts, _OF_CLASSES[name]) if name in _OF_CLASSES else (mean(right), None)
+        found.metrics[name] = interval(rows, statistic, seed=seed) if statistic else interval(rows, seed=seed)
+    for i, row in enumerate(loaded.records):
+        text = f"{row['text']}\n{row['text_pair']}" if row.get("text_pair") else row["text"]
+        found.predictions.append(
+            {
+                "prompt": text,
+                "gold": names[wanted[i]],
+                "prediction": names[predicted[i]],
+                "scores": {"accuracy": right[i]},
+            }
+        )

@@ -1,83 +1,135 @@
-"""Answers in batches: prompts of like length together, padded on the left and masked, so that each answer is
-the one that its prompt gets alone."""
+"""Answers in batches: padded on the left, sorted by length, each ended at the model's or the template's end.
 
-from collections.abc import Callable
+Greedy answers are those that each prompt would get alone (up to rounding in half precision): the mask comes
+from lengths, never from the pad id, so that pad = eos is harmless.
+"""
+
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
-from luthier.models.structure import task
+from luthier.errors import DataError
+from luthier.evaluation.perplexity import context_length
+from luthier.models import structure
 from luthier.models.tokens import end_of_turn
+from luthier.tuning.probe import evaluating
+
+log = logging.getLogger("luthier.evaluation")
 
 MAX_NEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Generated ids without the end token, their text, and whether the model ended by itself."""
+    """What the model wrote. `finished`: it ended by itself, before the limit of tokens."""
 
-    ids: list[int]
     text: str
-    ended: bool
+    finished: bool
+    tokens: int
 
 
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """All tokens that end an answer: the generation config's and the chat template's."""
-    ends = model.generation_config.eos_token_id
-    found = list(ends) if isinstance(ends, list) else [ends]
-    found += [tokenizer.eos_token_id, end_of_turn(tokenizer)]
-    return list(dict.fromkeys(token for token in found if token is not None))
-
-
-@torch.inference_mode()
 def generate(
-    model: Any,
-    tokenizer: Any,
-    prompts: list[list[int]],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
     *,
     batch_size: int = 16,
-    on_batch: Callable[[int], None] | None = None,
-    **options: Any,
+    options: dict[str, Any] | None = None,
+    seed: int = 0,
 ) -> list[Answer]:
-    """One answer a prompt, in order; greedy unless `options` say otherwise.
+    """One answer for each prompt (its token ids, as `luthier.data.tokenize.prompt_ids` gives them), in order.
 
     Args:
-        prompts: token ids, special tokens included.
-        options: of transformers' `GenerationConfig`, such as max_new_tokens, do_sample, temperature.
-        on_batch: called with the number of answers after each batch.
+        options: fields of `transformers.GenerationConfig`; greedy and at most 256 new tokens by default.
+        seed: of sampling. A sampled answer depends on its batch, a greedy one does not.
+
+    Raises:
+        DataError: a prompt that leaves no room for an answer in the model's context.
     """
-    ends = end_tokens(model, tokenizer)
-    settings = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "eos_token_id": ends} | options
-    if not settings["do_sample"]:
-        # A model's own sampling defaults do not apply to greedy decoding, and transformers warns of them.
-        settings |= {key: None for key in ("temperature", "top_p", "top_k") if key not in options}
+    config = generation_config(model, tokenizer, options or {})
+    _require_room(model, prompts, config)
+    ends = set(config.eos_token_id or [])
+    if config.do_sample:
+        set_seed(seed)
+    found: list[Answer | None] = [None] * len(prompts)
+    # Longest first: a batch that is too large for the memory fails at once and not after an hour.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            for i, new in zip(batch, _batch(model, [prompts[i] for i in batch], config), strict=True):
+                found[i] = _answer(new, ends, tokenizer)
+            log.debug("%d of %d answers", start + len(batch), len(order))
+    return [answer for answer in found if answer is not None]
+
+
+def generation_config(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> GenerationConfig:
+    """The model's own settings, made greedy, with every end token of model, tokenizer and template."""
+    base = structure.base(model)
+    own = base.generation_config
+    end = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    end = [*end, end_of_turn(tokenizer)]
+    ends = list(dict.fromkeys(e for e in end if e is not None)) or [tokenizer.eos_token_id]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: dict[int, Answer] = {}
-    prefix = 0 if task(model) == "seq2seq" else 1
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        width = max(len(prompts[i]) for i in rows)
-        ids = torch.full((len(rows), width), pad)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for row, i in enumerate(rows):
-            if prompts[i]:
-                ids[row, -len(prompts[i]) :] = torch.tensor(prompts[i])
-                mask[row, -len(prompts[i]) :] = 1
-        output = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), pad_token_id=pad, **settings
+    settings: dict[str, Any] = {
+        "do_sample": False,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "eos_token_id": [e for e in ends if e is not None],
+        "pad_token_id": pad,
+    }
+    for name in ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"):
+        settings[name] = getattr(own, name, None)
+    if options.get("do_sample"):
+        settings |= {name: getattr(own, name) for name in ("temperature", "top_p", "top_k")}
+    if "max_length" in options:
+        del settings["max_new_tokens"]
+    settings |= options
+    if isinstance(settings["eos_token_id"], int):
+        settings["eos_token_id"] = [settings["eos_token_id"]]
+    return GenerationConfig(**settings)
+
+
+def _require_room(model: nn.Module, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> None:
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]), default=None)
+    limit = context_length(model)
+    if longest is None or limit is None or structure.base(model).config.is_encoder_decoder:
+        return
+    room = limit - len(prompts[longest])
+    if room < (config.max_new_tokens or 1):
+        raise DataError(
+            f"Prompt {longest + 1} of {len(prompts)} has {len(prompts[longest])} tokens, the model's context "
+            f"{limit}, so {max(room, 0)} are left for an answer of up to {config.max_new_tokens or 1}.",
+            fix="Shorten the prompt, or lower generation: {max_new_tokens: ...}.",
         )
-        # A decoder-only model returns prompt and answer; an encoder-decoder the start token and the answer.
-        new = output[:, width if prefix else 1 :].tolist()
-        for i, tokens in zip(rows, new, strict=True):
-            answers[i] = _answer(tokens, set(ends), tokenizer)
-        if on_batch:
-            on_batch(len(rows))
-    return [answers[i] for i in range(len(prompts))]
 
 
-def _answer(tokens: list[int], ends: set[int], tokenizer: Any) -> Answer:
-    stop = next((i for i, token in enumerate(tokens) if token in ends), None)
-    kept = tokens if stop is None else tokens[:stop]
-    return Answer(kept, tokenizer.decode(kept, skip_special_tokens=True), stop is not None)
+def _batch(model: nn.Module, prompts: list[Sequence[int]], config: GenerationConfig) -> Tensor:
+    """New tokens (batch, new) of one batch, padded behind each end token."""
+    base = structure.base(model)
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), config.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    out = model.generate(
+        input_ids=ids.to(base.device), attention_mask=mask.to(base.device), generation_config=config
+    )
+    # An encoder-decoder's output begins with the start token, a decoder's with the prompt.
+    begin = 1 if base.config.is_encoder_decoder else longest
+    return out[:, begin:].cpu()
+
+
+def _answer(new: Tensor, ends: set[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
+    ids = new.tolist()
+    stop = next((at for at, token in enumerate(ids) if token in ends), None)
+    kept = ids if stop is None else ids[:stop]
+    text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Answer(str(text), stop is not None, len(kept))

@@ -1,92 +1,106 @@
-"""Token-weighted perplexity: exp of the mean negative log-likelihood over all scored tokens of the data.
+"""Perplexity by token, with a window that slides over texts longer than the model's context.
 
-A text longer than the window is scored by a sliding one: windows overlap, and each token is scored once, in
-the first window that holds it, so that all but the first window's tokens see at least `window - stride`
-tokens of context.
+    ppl = exp( sum_t -log p(x_t | x_s .. x_{t-1}) / T )        over all T scored tokens of all texts
+
+Every token but a text's first is scored exactly once. A window of `window` tokens moves on by `stride`; in
+each but the first only the last `stride` tokens are scored, so each has at least window - stride before it.
+The mean is over tokens, not over texts or batches: a short text does not weigh as much as a long one.
+Source: Hugging Face, "Perplexity of fixed-length models" (the strided window).
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch.nn.functional import cross_entropy
+from torch import nn
 
-IGNORED = -100
-# Tokens of a batch: bounds the logits, which are the largest tensor (tokens x vocabulary).
-BATCH_TOKENS = 2048
+from luthier.data.load import Loaded
+from luthier.data.masking import Prefix, plain_ids
+from luthier.data.tokenize import encode
+from luthier.errors import DataError
+from luthier.evaluation.bootstrap import Metric, interval, ratio
+from luthier.evaluation.likelihood import token_log_probs
+from luthier.models import structure
 
-
-@dataclass(frozen=True)
-class Piece:
-    """A window of one example; `labels` of tokens scored by an earlier window are -100."""
-
-    example: int
-    ids: list[int]
-    labels: list[int]
+WINDOW = 1024  # the longest by default: attention and memory grow with it, perplexity hardly falls
 
 
-def windows(examples: list[tuple[list[int], list[int]]], window: int, stride: int) -> list[Piece]:
-    """Cut (ids, labels) into pieces of at most `window` tokens that start `stride` apart.
+def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, first scored, end) of each window over a text of `length` tokens."""
+    begin, scored = 0, 1
+    while scored < length:
+        end = min(begin + window, length)
+        yield begin, scored, end
+        scored, begin = end, begin + stride
 
-    Labels are not shifted: `labels[i]` is what the tokens before i should predict.
+
+def sequences(loaded: Loaded, tokenizer: Any) -> list[tuple[list[int], np.ndarray]]:
+    """Ids and scored positions of every row.
+
+    Of texts every token is scored, of chats those that training would train (the assistant's turns with
+    their end tokens). No end token is added to a text.
+
+    Raises:
+        DataError: rows of another type.
     """
-    pieces = []
-    for index, (ids, labels) in enumerate(examples):
-        scored = 0
-        for start in range(0, max(len(ids), 1), stride):
-            end = min(start + window, len(ids))
-            fresh = [IGNORED] * (scored - start) + list(labels[max(scored, start) : end])
-            pieces.append(Piece(index, list(ids[start:end]), fresh))
-            scored = end
-            if end == len(ids):
-                break
-    return pieces
+    if loaded.type == "text":
+        found = []
+        prefix = Prefix(tokenizer, plain=True)
+        for row in loaded.records:
+            ids = prefix(row["text"]) + plain_ids(tokenizer, row["text"])
+            found.append((ids, np.arange(1, len(ids))))
+        return found
+    if loaded.type not in ("messages", "prompt_completion"):
+        raise DataError(
+            f"{loaded.spec.path} holds rows of type {loaded.type}, which have no perplexity.",
+            fix="Use rows of text, of messages, or of prompt and completion.",
+        )
+    encoded = encode(loaded, tokenizer, max_length=None, use_cache=False)
+    rows = encoded.dataset.with_format("numpy")
+    return [(row["input_ids"].tolist(), np.flatnonzero(row["labels"][1:] != -100) + 1) for row in rows]
 
 
-@torch.inference_mode()
-def token_losses(
-    model: Any,
-    examples: list[tuple[list[int], list[int]]],
+def perplexity(
+    model: nn.Module,
+    texts: Sequence[tuple[list[int], np.ndarray]],
     *,
-    window: int,
+    batch_size: int = 8,
+    window: int | None = None,
     stride: int | None = None,
-    batch_tokens: int = BATCH_TOKENS,
-) -> np.ndarray:
-    """Negative log-likelihood in nats and number of scored tokens of each example, (n, 2) float64.
+    seed: int = 0,
+) -> Metric:
+    """Perplexity over all scored tokens; the bootstrap draws windows (one a text, for short texts).
 
     Args:
-        examples: token ids and unshifted labels (-100 where not scored).
-        stride: distance of windows, by default half the window.
+        texts: (ids, scored positions >= 1), as `sequences` gives them.
+        window: tokens that the model sees at once; by default its context, at most 1024.
+        stride: how far the window moves; by default half of it.
+
+    Raises:
+        DataError: a stride or window that would leave tokens unscored, or nothing to score.
     """
-    pieces = windows(examples, window, stride or max(window // 2, 1))
-    pieces = sorted((p for p in pieces if any(x != IGNORED for x in p.labels[1:])), key=lambda p: -len(p.ids))
-    found = np.zeros((len(examples), 2))
-    start = 0
-    while start < len(pieces):
-        size = max(1, batch_tokens // len(pieces[start].ids))  # longest first: the first one sets the width
-        batch = pieces[start : start + size]
-        losses, counts = _score(model, batch)
-        np.add.at(found, [p.example for p in batch], np.stack([losses, counts], axis=1))
-        start += size
-    return found
+    window = window or min(context_length(model) or WINDOW, WINDOW)
+    stride = stride or max(window // 2, 1)
+    if not 1 <= stride < window:
+        raise DataError(
+            f"The perplexity's stride is {stride} and its window {window}.",
+            fix="The stride is at least 1 and less than the window.",
+        )
+    parts: list[tuple[list[int], list[int]]] = []
+    for ids, positions in texts:
+        for begin, scored, end in windows(len(ids), window, stride):
+            mine = positions[(positions >= scored) & (positions < end)]
+            if len(mine):
+                parts.append((ids[begin:end], (mine - begin).tolist()))
+    if not parts:
+        raise DataError("There is no token to score.", fix="Give texts of at least two tokens.")
+    found = token_log_probs(model, parts, batch_size=batch_size)
+    rows = np.array([[-float(p.double().sum()), len(p)] for p in found])  # (windows, 2)
+    return interval(rows, lambda sums: np.exp(ratio(sums)), seed=seed)
 
 
-def _score(model: Any, batch: list[Piece]) -> tuple[np.ndarray, np.ndarray]:
-    width = len(batch[0].ids)
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    labels = torch.full((len(batch), width), IGNORED)
-    mask = torch.zeros(len(batch), width, dtype=torch.long)
-    for row, piece in enumerate(batch):
-        n = len(piece.ids)
-        ids[row, :n], labels[row, :n] = torch.tensor(piece.ids), torch.tensor(piece.labels)
-        mask[row, :n] = 1
-    device = model.device
-    logits = model(
-        input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-    ).logits  # (batch, seq, vocabulary)
-    targets = labels[:, 1:].to(device)
-    keep = targets != IGNORED
-    losses = torch.zeros(targets.shape, dtype=torch.float64, device=device)
-    losses[keep] = cross_entropy(logits[:, :-1][keep].float(), targets[keep], reduction="none").double()
-    return losses.sum(1).cpu().numpy(), keep.sum(1).cpu().numpy()
+def context_length(model: nn.Module) -> int | None:
+    """How many tokens the model can take, or None where nothing limits it."""
+    config = structure.base(model).config
+    length: int | None = getattr(config, "max_position_embeddings", None)
+    return length

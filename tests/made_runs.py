@@ -207,7 +207,15 @@ def finished_run(folder: Path) -> Path:
     write(folder / "03-after" / "manifest.json", after())
     write_lines(folder / "03-after" / "predictions.jsonl", predictions(tuned=True))
     stages = [("01-before", "evaluate"), ("02-tune", "tune"), ("03-after", "evaluate")]
-    plan = {"stages": [{}, {"seconds": 240.0, "memory_bytes": 2_080_000_000, "trainable": 4_884_480}, {}]}
+    parts = {"weights": 538_000_000, "adapter": 19_500_000, "activations": 900_000_000, "logits": 0}
+    plan = {
+        "placement": "float32 on cpu",
+        "stages": [
+            {},
+            {"seconds": 240.0, "memory_bytes": 2_080_000_000, "trainable": 4_884_480, "memory": parts},
+            {},
+        ],
+    }
     write(
         folder / "run.json",
         {

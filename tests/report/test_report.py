@@ -147,6 +147,13 @@ class TestRun:
         text = read(write_report(run)).text
         assert "2.08 GB 1.93 GB +8%" in text
         assert "4.88M 4.88M exact" in text
+        assert "weights 538 MB, adapter 19.5 MB, activations 900 MB" in text
+
+    def test_what_was_not_asked_for_is_in_the_table_but_no_headline(self, run):
+        manifest = made_runs.after()
+        manifest["metrics"]["ended"] = made_runs.metric(0.99, 0.01)
+        made_runs.write(run / "03-after" / "manifest.json", manifest)
+        assert read(write_report(run)).text.count("Ended by itself") == 1
 
     def test_it_says_how_to_reproduce(self, run):
         text = read(write_report(run)).text

@@ -23,6 +23,15 @@ _NOT_CURVES = {
 }  # fmt: skip
 
 
+# (title, field of the plan, field of the manifest, how it is written)
+_QUANTITIES = (
+    ("Peak memory", "memory_bytes", "peak_memory_bytes", wording.size),
+    ("Wall time", "seconds", "seconds", wording.duration),
+    ("Trainable parameters", "trainable", "trainable", wording.count),
+    ("Artefact on disk", "artefact_bytes", "artefact_bytes", wording.size),
+)
+
+
 @dataclass(frozen=True)
 class Headline:
     """One metric before and after, with its verdict in words."""
@@ -81,8 +90,10 @@ def first_alone(run: Run, before: Stage | None, after: Stage | None) -> bool:
 
 def headlines(before: Stage | None, after: Stage, first_only: bool = False) -> list[Headline]:
     former = before.metrics if before else {}
+    asked = [name for name in after.metrics if name in (after.config.get("metrics") or [])]
     found = []
-    for name, new in after.metrics.items():
+    for name in asked or after.metrics:
+        new = after.metrics[name]
         old = former.get(name)
         meaning = wording.meaning(name)
         verdict, tone = _verdict(name, old, new)
@@ -295,31 +306,16 @@ def estimates(run: Run) -> list[dict[str, Any]]:
     planned = plan.get("stages") if isinstance(plan, dict) else None
     found = []
     for entry, stage in zip(planned or [], run.stages, strict=False):
-        if not (isinstance(entry, dict) and stage.manifest):
-            continue
-        pairs = [
-            ("Peak memory", entry.get("memory_bytes"), stage.manifest.get("peak_memory_bytes"), wording.size),
-            ("Wall time", entry.get("seconds"), stage.manifest.get("seconds"), wording.duration),
-            ("Trainable parameters", entry.get("trainable"), stage.manifest.get("trainable"), wording.count),
-            (
-                "Artefact on disk",
-                entry.get("artefact_bytes"),
-                stage.manifest.get("artefact_bytes"),
-                wording.size,
-            ),
-        ]
-        for title, guess, measured, write in pairs:
-            if guess and measured:
-                ratio = guess / measured
-                found.append(
-                    {
-                        "stage": stage,
-                        "title": title,
-                        "estimate": write(guess),
-                        "measured": write(measured),
-                        "off": "exact" if abs(ratio - 1) < 0.005 else f"{ratio - 1:+.0%}",
-                    }
-                )
+        for title, guessed, measured, write in _QUANTITIES:
+            guess, value = entry.get(guessed), stage.manifest.get(measured)
+            if not (guess and value):
+                continue
+            off = guess / value - 1
+            row = {"stage": stage, "title": title, "estimate": write(guess), "measured": write(value)}
+            row["off"] = "exact" if abs(off) < 0.005 else f"{off:+.0%}"
+            held = entry.get("memory") if guessed == "memory_bytes" else None
+            row["parts"] = ", ".join(f"{name} {wording.size(n)}" for name, n in (held or {}).items() if n)
+            found.append(row)
     return found
 
 
@@ -342,6 +338,8 @@ def environment(run: Run) -> list[tuple[str, str]]:
             (titles.get(key, key.capitalize()), ", ".join(value) if isinstance(value, list) else text)
         )
     rows.extend((name, str(number)) for name, number in versions(run).items())
+    if placement := (run.record.get("plan") or {}).get("placement"):
+        rows.append(("Precision", str(placement)))
     for stage in run.stages:
         placement = (stage.manifest.get("details") or {}).get("placement")
         if isinstance(placement, dict):

@@ -178,6 +178,22 @@ class TestPlain:
         with pytest.raises(CheckError, match="end token trained"):
             encode(data([{"prompt": "Hi", "completion": "Yo"}]), tokenizer, max_length=None)
 
+    def test_tokenizer_that_cannot_be_asked_in_parts_still_learns_the_whole_answer(self, data):
+        """SentencePiece puts a space before every text: '▁box' holds the prompt's last space."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        vocabulary = {"<unk>": 0, "</s>": 1, "▁Say:": 2, "▁box": 3, "▁": 4}
+        core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        core.pre_tokenizer = pre_tokenizers.Metaspace()
+        core.decoder = decoders.Metaspace()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+        with checks.collect() as lines:
+            found = encode(data([{"prompt": "Say: ", "completion": "box"}]), tokenizer, max_length=None)
+        assert columns(found) == [([2, 3, 1], [-100, 3, 1])]
+        [line] = [line for line in lines if line.name == "prompts as served"]
+        assert (line.passed, line.value, line.tolerance) == (False, 0, 1)
+
 
 class TestServing:
     """The prompt of evaluation and chat is the beginning of the training example."""

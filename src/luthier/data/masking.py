@@ -115,7 +115,7 @@ def _masked(batch: list[Rendered], tokenizer: Any) -> Iterator[tuple[np.ndarray,
         trained = np.zeros(len(ids), bool)
         straddles = False
         for start, stop in item.spans:
-            trained |= (starts >= start) & (starts < stop)
+            trained |= (stops > start) & (starts < stop)
             straddles |= bool(((starts < start) & (stops > start)).any())
         yield np.array(ids, np.int32), trained, straddles
 

@@ -59,9 +59,19 @@ CASES = [
     ),
     ("classification", {"text": "good", "label": 1}, [{"text": "good", "label": 1}]),
     (
+        "multiple_choice",
+        {"prompt": "1+1?", "choices": ["one", "two"], "label": "two"},
+        [{"prompt": "1+1?", "choices": ["one", "two"], "label": 1}],
+    ),
+    (
         "classification",
         {"premise": "a", "hypothesis": "b", "label": "entailment"},
         [{"text": "a", "text_pair": "b", "label": "entailment"}],
+    ),
+    (
+        "multiple_choice",
+        {"prompt": "1+1?", "choices": ["two", "three"], "label": "three"},
+        [{"prompt": "1+1?", "choices": ["two", "three"], "label": 1}],
     ),
     (
         "alpaca",
@@ -229,7 +239,10 @@ BAD = [
     ("E_TYPE", "messages", {"messages": [USER, ASSISTANT | {"weight": 0.5}]}),
     ("E_TYPE", "preference", {"prompt": "Hi", "chosen": "a", "rejected": [ASSISTANT]}),
     ("E_TYPE", "unpaired", {"prompt": "Hi", "completion": "a", "label": "maybe"}),
+    ("E_TYPE", "multiple_choice", {"prompt": "1+1?", "choices": ["two", "three"], "label": 2}),
     ("E_TYPE", "classification", {"text": "a", "label": 0.5}),
+    ("E_TYPE", "multiple_choice", {"prompt": "1+1?", "choices": ["one", "two"], "label": 2}),
+    ("E_TYPE", "multiple_choice", {"prompt": "1+1?", "choices": "one or two", "label": 0}),
     ("E_TYPE", "prm800k", {"question": {"problem": "P"}, "label": {"steps": ["not a step"]}}),
     ("E_TYPE", "text", ["a list"]),
     ("E_EMPTY", "prompt_completion", {"prompt": "Hi", "completion": " \n"}),

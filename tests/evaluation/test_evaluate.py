@@ -1,6 +1,8 @@
-"""`evaluate` on data files: metrics with intervals and one prediction an example."""
+"""`evaluate` on data files: metrics with intervals and one prediction a row."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,17 +10,30 @@ import torch
 
 from luthier.data.load import load
 from luthier.data.tokenize import encode
-from luthier.errors import MethodError
-from luthier.evaluation.classification import confusion, macro_f1
+from luthier.errors import DataError, MethodError
+from luthier.evaluation import evaluate as module
 from luthier.evaluation.evaluate import evaluate
+from luthier.evaluation.generation import Answer
+from luthier.evaluation.names import METRICS
 
 
 @pytest.fixture
 def records(tmp_path):
     path = tmp_path / "data.jsonl"
-    rows = [{"prompt": f"Count to {i}.", "completion": json.dumps({"n": i})} for i in range(6)]
+    rows = [{"prompt": f"Count to {i}.", "completion": json.dumps({"n": i, "m": None})} for i in range(6)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Lets a test say what the model writes, by row."""
+
+    def say(texts):
+        made = [Answer(text, finished, 3) for text, finished in texts]
+        monkeypatch.setattr(module, "generate", lambda *a, **k: made)
+
+    return say
 
 
 def test_perplexity_weighs_tokens_of_the_answers(tiny_llama, tiny_tokenizer, records):
@@ -36,27 +51,81 @@ def test_perplexity_weighs_tokens_of_the_answers(tiny_llama, tiny_tokenizer, rec
     assert found.n == 6
 
 
-def test_answers_are_scored_and_kept(tiny_llama, tiny_tokenizer, records):
-    tiny_llama.train()
-    found = evaluate(
-        tiny_llama,
-        records,
-        ["exact_match", "field_f1", "rougeL"],
-        tokenizer=tiny_tokenizer,
-        generation={"max_new_tokens": 4},
-        samples=4,
-    )
-    assert tiny_llama.training, "the mode is left as it was"
-    assert set(found.metrics) == {"exact_match", "field_f1", "rougeL", "ended"}
-    assert found.metrics["exact_match"].n == len(found.predictions) == 4
-    assert found.metrics["exact_match"].value == 0.0  # an untrained model writes no JSON
-    first = found.predictions[0]
-    assert first["gold"].startswith("{")
-    assert first["prompt"].startswith("Count to")
-    assert set(first["scores"]) == {"exact_match", "field_f1", "rougeL"}
+def test_answers_are_scored_and_kept(tiny_llama, tiny_tokenizer, records, answers):
+    said = ['{"m": null, "n": 0}', '{"n": 9}', "", '{"n": 3}', '{"n": 4, "m": null}', "{"]
+    answers([(text, text.endswith("}")) for text in said])
+    metrics = ["rougeL", "field_f1", "exact_match"]
+    found = evaluate(tiny_llama, records, metrics, tokenizer=tiny_tokenizer)
+    assert list(found.metrics) == [*metrics, "ended"]
+    assert found.metrics["exact_match"].value == pytest.approx(2 / 6)
+    assert found.metrics["ended"].value == pytest.approx(4 / 6)
+    # right 3 (rows 0, 3, 4), predicted 4, wanted 6
+    assert found.metrics["field_f1"].value == pytest.approx(2 * 3 / (4 + 6))
+    assert found.details["field_f1"] == {"n": pytest.approx(0.6), "m": 1.0}
+    assert [p["scores"]["exact_match"] for p in found.predictions] == [1, 0, 0, 0, 1, 0]
+    assert found.predictions[2] == {
+        "index": 2,
+        "prompt": "Count to 2.",
+        "gold": '{"n": 2, "m": null}',
+        "prediction": "",
+        "finished": False,
+        "scores": {"rougeL": 0.0, "field_f1": 0.0, "exact_match": 0.0},
+    }
 
 
-def test_a_classifier_is_measured_by_accuracy_and_macro_f1(tiny_bert, tiny_tokenizer, tmp_path):
+def test_rows_are_drawn_by_seed_and_know_their_place(tiny_llama, tiny_tokenizer, records):
+    def run(seed):
+        return evaluate(
+            tiny_llama,
+            records,
+            ["exact_match"],
+            tokenizer=tiny_tokenizer,
+            generation={"max_new_tokens": 2},
+            samples=3,
+            seed=seed,
+        ).predictions
+
+    assert run(0) == run(0)
+    for prediction in run(0):
+        assert prediction["gold"] == json.dumps({"n": prediction["index"], "m": None})
+    assert len({tuple(p["index"] for p in run(seed)) for seed in range(6)}) > 1
+
+
+def test_the_limit_of_new_tokens_follows_the_references(tiny_llama, tiny_tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "data.jsonl"
+    long = "word " * 60
+    path.write_text(json.dumps({"prompt": "Say.", "completion": long}) + "\n")
+    seen = {}
+    monkeypatch.setattr(module, "generate", lambda *a, **k: seen.update(k) or [Answer("", True, 0)])
+    evaluate(tiny_llama, path, ["exact_match"], tokenizer=tiny_tokenizer)
+    tokens = len(tiny_tokenizer(long.strip(), add_special_tokens=False)["input_ids"])
+    assert seen["options"] == {"max_new_tokens": tokens * 3 // 2}
+    evaluate(tiny_llama, path, ["exact_match"], tokenizer=tiny_tokenizer, generation={"max_new_tokens": 5})
+    assert seen["options"] == {"max_new_tokens": 5}
+
+
+def test_an_encoder_decoder_writes_answers(tiny_t5, tiny_tokenizer, records):
+    found = evaluate(tiny_t5, records, ["rouge1"], tokenizer=tiny_tokenizer, generation={"max_new_tokens": 3})
+    assert found.metrics["rouge1"].n == 6
+
+
+def test_choices_are_scored_both_ways(tiny_llama, tiny_tokenizer, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    rows = [
+        {"prompt": f"Is {i} odd?", "choices": ["yes", "no, not at all"], "label": i % 2} for i in range(5)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = ["multiple_choice", "multiple_choice_norm"]
+    found = evaluate(tiny_llama, path, metrics, tokenizer=tiny_tokenizer)
+    for name in metrics:
+        assert found.metrics[name].value == np.mean([p["scores"][name] for p in found.predictions])
+    for prediction, row in zip(found.predictions, rows, strict=True):
+        best = int(np.argmax(prediction["log_likelihoods"]))
+        assert prediction["prediction"] == row["choices"][best]
+        assert prediction["scores"]["multiple_choice"] == (best == row["label"])
+
+
+def test_a_classifier_is_measured_by_accuracy_and_f1(tiny_bert, tiny_tokenizer, tmp_path):
     path = tmp_path / "data.jsonl"
     texts = [("good " * (i + 1), "abc"[i % 3]) for i in range(9)]
     path.write_text("".join(json.dumps({"text": t, "label": c}) + "\n" for t, c in texts))
@@ -65,21 +134,38 @@ def test_a_classifier_is_measured_by_accuracy_and_macro_f1(tiny_bert, tiny_token
     right = [p["prediction"] == p["gold"] for p in found.predictions]
     assert [p["gold"] for p in found.predictions] == [c for _, c in texts]
     assert found.metrics["accuracy"].value == pytest.approx(np.mean(right))
-
-
-def test_macro_f1_equals_the_definition():
-    gold, mine = np.array([0, 0, 1, 2, 2]), np.array([0, 1, 1, 2, 0])
-    scores = []
-    for c in range(3):
-        hit = ((gold == c) & (mine == c)).sum()
-        precision, recall = hit / (mine == c).sum(), hit / (gold == c).sum()
-        scores.append(2 * precision * recall / (precision + recall))
-    assert macro_f1(confusion(mine, gold, 3).sum(0, keepdims=True))[0] == pytest.approx(np.mean(scores))
+    with pytest.raises(DataError, match="two classes"):
+        evaluate(tiny_bert, path, ["binary_f1"], tokenizer=tiny_tokenizer)
 
 
 @pytest.mark.parametrize(
-    ("metric", "says"), [("exact_macth", "Did you mean 'exact_match'"), ("accuracy", "cannot be measured")]
+    ("metric", "error", "says"),
+    [
+        ("exact_macth", MethodError, "Did you mean 'exact_match'"),
+        ("accuracy", MethodError, "cannot be measured"),
+        ("multiple_choice", DataError, "needs rows of multiple_choice"),
+    ],
 )
-def test_metrics_that_do_not_fit_are_refused(tiny_llama, tiny_tokenizer, records, metric, says):
-    with pytest.raises(MethodError, match=says):
+def test_metrics_that_do_not_fit_are_refused(tiny_llama, tiny_tokenizer, records, metric, error, says):
+    with pytest.raises(error, match=says):
         evaluate(tiny_llama, records, [metric], tokenizer=tiny_tokenizer)
+
+
+def test_a_row_without_answer_or_record_is_named(tiny_llama, tiny_tokenizer, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "a", "gold": "x"}\n{"prompt": "b"}\n')
+    with pytest.raises(DataError, match=r"data\.jsonl:2: .*no reference answer"):
+        evaluate(tiny_llama, path, ["exact_match"], tokenizer=tiny_tokenizer)
+    path.write_text('{"prompt": "a", "completion": "{}"}\n{"prompt": "b", "completion": "text"}\n')
+    with pytest.raises(DataError, match=r"data\.jsonl:2 is none"):
+        evaluate(tiny_llama, path, ["field_f1"], tokenizer=tiny_tokenizer, generation={"max_new_tokens": 1})
+
+
+def test_names_are_read_without_torch_and_each_says_what_it_needs():
+    code = "import sys, luthier.evaluation.names; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    for name, metric in METRICS.items():
+        assert name == metric.name
+        assert metric.tasks
+        assert metric.rows
+        assert metric.help.endswith(".")

@@ -34,7 +34,7 @@ Converter = Callable[[Row, "DataSpec", list[str]], list[Row]]
 CANONICAL_FIELDS = (
     "text", "text_pair", "label", "messages", "conversations", "tools", "prompt", "completion", "chosen",
     "rejected", "margin", "p", "score_chosen", "score_rejected", "completions", "labels", "scores", "gold",
-    "instruction", "input", "output", "system", "history", "question", "answer",
+    "instruction", "input", "output", "system", "history", "question", "answer", "choices",
 )  # fmt: skip
 
 # What a column of this name usually is: only to suggest a mapping, never to guess one.
@@ -151,6 +151,20 @@ def _classification(row: Row, spec: "DataSpec", notes: list[str]) -> list[Row]:
     return [{"text": string(row, key), "label": label}]
 
 
+def _multiple_choice(row: Row, spec: "DataSpec", notes: list[str]) -> list[Row]:
+    choices, label = listed(present(row, "choices")), present(row, "label")
+    if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):
+        raise Reject("E_TYPE", "'choices' is not a list of texts")
+    if isinstance(label, str) and label in choices:
+        label = choices.index(label)
+    if isinstance(label, str) and label.strip().isdigit():
+        label = int(label)
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
+        last = len(choices) - 1
+        raise Reject("E_TYPE", f"'label' is {label!r}, neither a choice nor the number of one (0 to {last})")
+    return [{"prompt": text_or_messages(row, "prompt", spec, notes), "choices": choices, "label": label}]
+
+
 _ALL = (
     Format("prm800k", "stepwise", ("question", "label"), foreign.prm800k),
     Format("stepwise", "stepwise", ("prompt", "completions", "labels"), _stepwise),
@@ -160,6 +174,7 @@ _ALL = (
     Format("preference", "preference", ("prompt", "chosen", "rejected"), _preference),
     Format("alpaca_preference", "preference", ("instruction",), foreign.alpaca_preference),
     Format("preference_implicit", "preference", ("chosen", "rejected"), _preference_implicit),
+    Format("multiple_choice", "multiple_choice", ("prompt", "choices", "label"), _multiple_choice),
     Format("unpaired", "unpaired", ("prompt", "completion", "label"), _unpaired),
     Format("prompt_completion", "prompt_completion", ("prompt", "completion"), _prompt_completion),
     Format("messages", "messages", ("messages",), _messages),
@@ -213,6 +228,7 @@ _RULES: tuple[tuple[str, set[str], Callable[[Row], bool] | None], ...] = (
     ("math_shepherd", {"input", "label"}, lambda r: _is_text("input", "label")(r) and "ки" in r["input"]),
     ("scored", {"prompt", "completions"}, None),
     ("scored", {"instruction", "completions"}, None),
+    ("multiple_choice", {"prompt", "choices", "label"}, None),
     ("hh_rlhf", {"chosen", "rejected"}, _starts_human),
     ("preference", {"prompt", "chosen", "rejected"}, None),
     ("alpaca_preference", {"instruction", "chosen", "rejected"}, None),

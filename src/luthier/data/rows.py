@@ -14,6 +14,7 @@ A message is {role, content, ...} with role in system, user, assistant, tool, de
 | unpaired            | prompt, completion, label: bool, tools? |
 | stepwise            | prompt, completions: [str], labels: [bool | float | None] |
 | classification      | text, text_pair?, label: int | str | bool |
+| multiple_choice     | prompt, choices: [str], label: int (the right one) |
 """
 
 import json

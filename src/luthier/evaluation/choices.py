@@ -63,7 +63,7 @@ def rank(
         prompt = prompt_text(row, tokenizer, chat=chat)
         for choice in row["choices"]:
             between = "" if as_chat or prompt[-1:].isspace() or choice[:1].isspace() else " "
-            # White space at the end of a plain prompt belongs to the next word's token: scored with the choice.
+            # White space at the end of a plain prompt belongs to the next word's token.
             border = len(prompt) if as_chat else len(prompt.rstrip())
             sequences.append(_joint(tokenizer, prompt + between + choice, border, prefix))
             lengths.append(max(len(choice), 1))

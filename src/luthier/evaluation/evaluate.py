@@ -16,7 +16,7 @@ from luthier.data.load import Loaded, load
 from luthier.data.rows import Row
 from luthier.data.spec import DataSpec
 from luthier.data.tokenize import conversation, gold, prompt_ids, prompt_text
-from luthier.errors import DataError, did_you_mean
+from luthier.errors import DataError, MethodError, did_you_mean
 from luthier.evaluation import text_metrics
 from luthier.evaluation.bootstrap import Metric, interval, mean
 from luthier.evaluation.choices import rank
@@ -73,7 +73,8 @@ def evaluate(
         window, stride: of the perplexity of texts longer than the window, see `perplexity`.
 
     Raises:
-        DataError: an unknown metric, or rows or a model that it cannot be measured on.
+        MethodError: an unknown metric, or one that cannot be measured on this kind of model.
+        DataError: rows that a metric cannot be measured on.
     """
     loaded = _sampled(data if isinstance(data, Loaded) else load(data), samples, seed)
     _require_measurable(model, loaded, metrics)
@@ -112,11 +113,11 @@ def _require_measurable(model: nn.Module, loaded: Loaded, metrics: Sequence[str]
     task = structure.task(model)
     for name in metrics:
         if name not in METRICS:
-            raise DataError(f"There is no metric '{name}'.", fix=did_you_mean(name, METRICS))
+            raise MethodError(f"There is no metric '{name}'.", fix=did_you_mean(name, METRICS))
         known = METRICS[name]
         if task is not None and task not in known.tasks:
             fitting = [other for other, m in METRICS.items() if task in m.tasks]
-            raise DataError(
+            raise MethodError(
                 f"{name} cannot be measured on a {task} model.", fix=f"Metrics for it: {', '.join(fitting)}."
             )
         if loaded.type not in known.rows:

@@ -4,12 +4,12 @@ Greedy answers are those that each prompt would get alone (up to rounding in hal
 from lengths, never from the pad id, so that pad = eos is harmless.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
@@ -18,8 +18,6 @@ from luthier.evaluation.perplexity import context_length
 from luthier.models import structure
 from luthier.models.tokens import end_of_turn
 from luthier.tuning.probe import evaluating
-
-log = logging.getLogger("luthier.evaluation")
 
 MAX_NEW_TOKENS = 256
 
@@ -60,11 +58,10 @@ def generate(
     # Longest first: a batch that is too large for the memory fails at once and not after an hour.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     with evaluating(model):
-        for start in range(0, len(order), batch_size):
+        for start in track(range(0, len(order), batch_size), description="answers", transient=True):
             batch = order[start : start + batch_size]
             for i, new in zip(batch, _batch(model, [prompts[i] for i in batch], config), strict=True):
                 found[i] = _answer(new, ends, tokenizer)
-            log.debug("%d of %d answers", start + len(batch), len(order))
     return [answer for answer in found if answer is not None]
 
 

@@ -50,12 +50,13 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Argument:
-    """A field of a training arguments class: its annotation, a sentence of help ('' if none) and choices."""
+    """A field of a training arguments class: annotation, sentence of help ('' if none), choices, default."""
 
     name: str
     annotation: str
     help: str = ""
     choices: tuple[str, ...] = ()
+    default: Any = None
 
     def types(self) -> tuple[type, ...]:
         """The Python types that the annotation allows; empty where it allows anything."""
@@ -177,6 +178,7 @@ def _fields(package: str, file: str, name: str) -> dict[str, Argument]:
             # The help texts are sentences for argparse: the first one says what the field is.
             str(metadata.get("help", "")).split(". ")[0].strip().rstrip("."),
             tuple(metadata.get("choices", choices)),
+            _default(node.value),
         )
     return found
 
@@ -189,6 +191,14 @@ def _metadata(value: ast.expr | None) -> dict[str, Any]:
             except ValueError:  # a computed help text
                 return {}
     return {}
+
+
+def _default(value: ast.expr | None) -> Any:
+    """The default where it is a literal, else None."""
+    for keyword in value.keywords if isinstance(value, ast.Call) else []:
+        if keyword.arg == "default" and isinstance(keyword.value, ast.Constant):
+            return keyword.value.value
+    return None
 
 
 def _enums(tree: ast.Module) -> dict[str, tuple[str, ...]]:

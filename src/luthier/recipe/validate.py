@@ -130,7 +130,7 @@ def _tune(draft: Draft, place: tuple[str | int, ...], stage: TuneStage) -> Itera
             if training.get(key) not in (None, False, "no"):
                 fix = "Add eval_data to the stage."
                 yield (*place, "training", key), f"{key} needs data to evaluate on", fix
-    elif training.get("load_best_model_at_end") and training.get("eval_strategy", "no") == "no":
+    elif training.get("load_best_model_at_end") and training.get("eval_strategy") == "no":
         fix = "Add eval_strategy: steps or epoch."
         yield (
             (*place, "training", "load_best_model_at_end"),

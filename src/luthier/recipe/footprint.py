@@ -1,0 +1,212 @@
+"""What a training step holds in memory, found by running it without numbers.
+
+The model is built from its config on the meta device, the method is put on it, and one forward and backward
+pass runs on fake tensors, which have shapes and no data. Every tensor that torch makes is counted while it
+lives, and every matrix product: the figures follow from the operations that really run, for any architecture,
+method, dtype, autocast and activation checkpointing. It takes seconds, and no memory to speak of.
+"""
+
+import copy
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
+
+from luthier.acceleration.fused_lora import fuse
+from luthier.acceleration.losses import BLOCK, CACHE_ROWS
+from luthier.models import structure
+from luthier.models.placement import Placement
+from luthier.tuning.attach import task_type
+
+CLASSES: dict[str, Any] = {
+    "causal": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "classification": AutoModelForSequenceClassification,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """Bytes of one training step beside weights and optimizer state.
+
+    Attributes:
+        kept: what the forward pass leaves for the backward pass.
+        peak: the most that is held at once, gradients made so far included.
+        gradients: all gradients of the weights that learn.
+        logits: a block of logits and what the head's gradient needs; nothing where `kept` has the whole loss.
+        operations: floating-point operations of the step's matrix products and attention.
+    """
+
+    kept: int
+    peak: int
+    gradients: int
+    logits: int
+    operations: float
+
+
+def skeleton(
+    config: dict[str, Any], task: str, placement: Placement, num_labels: int | None
+) -> PreTrainedModel:
+    """The model without weights, on the meta device."""
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    if task == "classification":
+        fields["num_labels"] = num_labels or 2
+    loaded = AutoConfig.for_model(config["model_type"], **fields)
+    with torch.device("meta"):
+        model = CLASSES[task].from_config(loaded, dtype=placement.dtype, attn_implementation=placement.attn)
+    model.tie_weights()
+    return model
+
+
+def attach(model: PreTrainedModel, method: Any) -> nn.Module:
+    """The skeleton with a tuning method on it: what learns is exactly what learns in training.
+
+    The proofs of `luthier.tuning.attach` need numbers; they are made when the stage runs.
+    """
+    method = copy.deepcopy(method)
+    if not isinstance(method, PeftConfig):
+        return method.apply(model)
+    method.task_type = method.task_type or task_type(model)
+    if hasattr(method, "init_lora_weights"):
+        method.init_lora_weights = False  # some initialisations factorise the weights, which are not there
+    if getattr(method, "fan_in_fan_out", None) is False:
+        method.fan_in_fan_out = any(isinstance(m, Conv1D) for m in structure.linears(model).values())
+    return get_peft_model(model, method, low_cpu_mem_usage=True)
+
+
+def sizes(model: nn.Module) -> tuple[int, int, int]:
+    """Bytes of the base's weights and buffers, of what the method adds, and of what learns."""
+    base = added = learns = 0
+    adapter = structure.base(model) is not model
+    for name, parameter in model.named_parameters():
+        size = parameter.numel() * parameter.element_size()
+        learns += size if parameter.requires_grad else 0
+        if adapter and parameter.requires_grad and not name.endswith(".original_module.weight"):
+            added += size
+        else:
+            base += size
+    return base, added, learns
+
+
+def simulate(
+    model: nn.Module,
+    rows: int,
+    length: int,
+    placement: Placement,
+    *,
+    labelled: int,
+    checkpointing: bool = False,
+) -> Step:
+    """Run one step of `rows` x `length` tokens, of which `labelled` enter the loss, on fake tensors.
+
+    `model` cannot be used for anything else afterwards.
+    """
+    _, _, gradients = sizes(model)
+    inner = structure.base(model)
+    if checkpointing:
+        inner.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        inner.enable_input_require_grads()
+    fuse(model)
+    causal = inner.base_model is not inner and inner.get_output_embeddings() is not None
+    with FakeTensorMode():
+        _make_fake(model)
+        model.train()
+        with FlopCounterMode(display=False) as counter, _Ledger() as ledger:
+            for tensor in [*model.parameters(), *model.buffers()]:
+                ledger.hold(tensor)
+            at_rest = ledger.now
+            ids = torch.zeros(rows, length, dtype=torch.long)
+            with torch.autocast(ids.device.type, placement.autocast, enabled=placement.autocast is not None):
+                if causal:
+                    out = inner.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                else:
+                    out = inner(input_ids=ids, labels=_labels(inner, ids)).loss
+            kept = ledger.now - at_rest
+            if out.requires_grad:  # with a head alone there is nothing below it
+                out.backward(torch.ones_like(out))
+            peak = ledger.peak - at_rest
+    operations = counter.get_total_flops()
+    if not causal:
+        return Step(kept, peak, gradients, 0, operations)
+    head = inner.get_output_embeddings().weight  # (vocab, hidden)
+    # Logits, the gradient of the rows, and the head's own where it learns.
+    operations += 2 * labelled * head.numel() * (3 if head.requires_grad else 2)
+    return Step(kept, peak, gradients, _logits_bytes(head, labelled, placement), operations)
+
+
+def _labels(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    return ids if model.config.is_encoder_decoder else ids[:, 0]
+
+
+def _logits_bytes(weight: Tensor, labelled: int, placement: Placement) -> int:
+    """Of `luthier.acceleration.losses`: one block of logits, the gradient of the rows, that of the head."""
+    vocab, hidden = weight.shape
+    products = placement.autocast or placement.dtype
+    size = products.itemsize
+    found = min(BLOCK, labelled) * vocab * size + 2 * CACHE_ROWS * vocab * 4 + 2 * labelled * hidden * size
+    if weight.requires_grad:
+        found += 2 * weight.numel() * 4  # the sum over blocks, and one block's share
+    if products != weight.dtype:
+        found += weight.numel() * size
+    return found
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Put a fake CPU tensor in the place of each meta tensor; tied ones stay tied."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # the original is kept alive, or its id would be used again
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    if isinstance(tensor, nn.Parameter):
+                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = (tensor, fake)
+                store[name] = made[id(tensor)][1]
+
+
+class _Ledger(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._live: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.hold(tensor)
+        return out
+
+    def hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._live:
+            self._live.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._live.discard(key)
+        self.now -= size

@@ -1,0 +1,445 @@
+"""What a recipe will take before it takes it: parameters, memory by parts, time and disk of each stage.
+
+Parameters are exact: the model is built from its config without weights, and the method is put on it.
+Memory and operations of a training step are found by running one on tensors without data
+(`luthier.recipe.footprint`); time is operations over the speed of this machine's matrix products.
+"""
+
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import LuthierError
+from luthier.evaluation.generation import MAX_NEW_TOKENS
+from luthier.evaluation.likelihood import BLOCK
+from luthier.evaluation.names import METRICS
+from luthier.models import sources
+from luthier.models.placement import Placement, place
+from luthier.recipe import footprint, machine
+from luthier.recipe.arguments import training_arguments
+from luthier.recipe.schema import EvaluateStage, ExportStage, Recipe, Stage, TuneStage, is_adapter
+from luthier.recipe.survey import Amount, amount
+from luthier.resources import resident_memory, show_bytes
+from luthier.tuning.attach import trainable as trained
+
+# Bytes of optimizer state for each trained parameter, by the beginning of `training.optim`.
+_STATE = {
+    "adamw_torch_8bit": 2, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "adamw_torch_4bit": 1,
+    "ademamix_8bit": 3, "paged_ademamix_8bit": 3, "ademamix": 12, "adafactor": 0.05, "sgd": 0, "lomo": 0,
+    "adalomo": 0.05, "adagrad": 4, "rmsprop": 4, "lion_32bit": 4, "paged_lion_32bit": 4, "lion_8bit": 1,
+    "paged_lion_8bit": 1,
+}  # fmt: skip
+_ADAM = 8
+PACKED = 0.95  # share of a packed block that is filled
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a stage, by what they are held for."""
+
+    weights: int = 0
+    adapter: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    logits: int = 0
+    runtime: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage will take. `detail` says in words what was assumed."""
+
+    name: str
+    kind: str
+    memory: Memory
+    trainable: int | None = None
+    total: int | None = None
+    seconds: float = 0.0
+    disk_bytes: int = 0
+    artefact_bytes: int = 0
+    detail: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"memory_bytes": self.memory.total}
+
+
+@dataclass
+class Plan:
+    """The stages, what this machine has, and whether the one fits the other.
+
+    Attributes:
+        available_bytes: memory that the run can have, this process's own included.
+        free_disk_bytes: on the disk of the run's folder.
+        change: the cheapest change of the recipe that would make it fit, or ''.
+    """
+
+    stages: list[StagePlan]
+    available_bytes: int
+    free_disk_bytes: int
+    placement: str = ""
+    change: str = ""
+
+    @property
+    def peak(self) -> StagePlan:
+        return max(self.stages, key=lambda stage: stage.memory.total)
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(stage.disk_bytes for stage in self.stages)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak.memory.total <= self.available_bytes and self.disk_bytes <= self.free_disk_bytes
+
+    @property
+    def verdict(self) -> str:
+        """One paragraph: whether it fits, and if not, what would."""
+        if self.peak.memory.total > self.available_bytes:
+            largest = max(asdict(self.peak.memory).items(), key=lambda part: part[1])
+            text = (
+                f"Stage '{self.peak.name}' needs about {show_bytes(self.peak.memory.total)} of memory "
+                f"({largest[0]}: {show_bytes(largest[1])}); {show_bytes(self.available_bytes)} are available."
+            )
+            return f"{text} {self.change}" if self.change else text
+        if self.disk_bytes > self.free_disk_bytes:
+            return (
+                f"The run writes up to {show_bytes(self.disk_bytes)}, and the disk has "
+                f"{show_bytes(self.free_disk_bytes)} free. Write "
+                "training: {save_total_limit: 1}, or choose another output."
+            )
+        return (
+            f"It fits: {show_bytes(self.peak.memory.total)} of {show_bytes(self.available_bytes)} memory, "
+            f"{show_bytes(self.disk_bytes)} of {show_bytes(self.free_disk_bytes)} disk."
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "stages": [stage.as_dict() for stage in self.stages],
+            "available_bytes": self.available_bytes,
+            "free_disk_bytes": self.free_disk_bytes,
+            "placement": self.placement,
+            "fits": self.fits,
+            "verdict": self.verdict,
+        }
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Estimate every stage of a recipe without loading its model.
+
+    Raises:
+        ModelError: the model's config is not on this machine and cannot be fetched.
+        DataError: a data set cannot be read.
+        MethodError: a method cannot be put on this model.
+    """
+    base = _Base(recipe)
+    with _quietly():
+        stages = [_stage(base, index) for index in range(len(recipe.stages))]
+        placement = base.placement(
+            train=any(isinstance(s, TuneStage) and not is_adapter(s.method) for s in recipe.stages)
+        )
+    folder = Path(recipe.output).expanduser().resolve()
+    while not folder.exists():
+        folder = folder.parent
+    found = Plan(
+        stages,
+        available_bytes=_available(placement.device),
+        free_disk_bytes=shutil.disk_usage(folder).free,
+        placement=placement.reason,
+    )
+    if found.peak.memory.total > found.available_bytes:
+        with _quietly():
+            found.change = _cheapest_change(base, found)
+    return found
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """What the parts log belongs to the stages that use them in earnest."""
+    log = logging.getLogger("luthier")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _available(device: str) -> int:
+    own = resident_memory() if device == "cpu" else 0
+    return machine.available_memory(device) + own
+
+
+@dataclass
+class _Base:
+    """The recipe's model as far as its config tells, and what is measured once for all stages."""
+
+    recipe: Recipe
+    amounts: dict[str, Amount] = field(default_factory=dict)
+
+    @cached_property
+    def source(self) -> sources.Source:
+        return sources.locate(self.recipe.model.name)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        found = sources.config(self.source)
+        if found is None:
+            from transformers import AutoConfig
+
+            found = AutoConfig.from_pretrained(
+                self.source.hub_id,
+                revision=self.recipe.model.revision,
+                trust_remote_code=self.recipe.model.trust_remote_code,
+            ).to_dict()
+        return found
+
+    def placement(self, *, train: bool) -> Placement:
+        model = self.recipe.model
+        return place(model.dtype, model.device, model.attn, train=train)
+
+    def model(self, placement: Placement) -> Any:
+        assert self.recipe.model.task is not None
+        return footprint.skeleton(
+            self.config, self.recipe.model.task, placement, self.recipe.model.num_labels
+        )
+
+    def amount(self, stage: TuneStage | EvaluateStage) -> Amount:
+        key = stage.data.model_dump_json()
+        if key not in self.amounts:
+            self.amounts[key] = amount(stage.data, self.source)
+        return self.amounts[key]
+
+
+def _stage(base: _Base, index: int) -> StagePlan:
+    stage = base.recipe.stages[index]
+    if isinstance(stage, TuneStage):
+        return _tune(base, stage)
+    tuned = next((s for s in reversed(base.recipe.stages[:index]) if isinstance(s, TuneStage)), None)
+    if isinstance(stage, EvaluateStage):
+        return _evaluate(base, stage, tuned)
+    return _export(base, stage, tuned)
+
+
+def _argument(stage: TuneStage, name: str) -> Any:
+    return stage.training.get(name, training_arguments()[name].default)
+
+
+def _tune(base: _Base, stage: TuneStage) -> StagePlan:
+    placement = base.placement(train=not is_adapter(stage.method))
+    method = stage.method.method(**stage.method.options)
+    model = footprint.attach(base.model(placement), method)
+    trainable, total = trained(model)
+    weights, added, _ = footprint.sizes(model)
+    batch = _Batch.of(stage, base.amount(stage))
+    checkpointing = bool(
+        _argument(stage, "gradient_checkpointing") or _argument(stage, "activation_checkpointing")
+    )
+    step = footprint.simulate(
+        model, batch.rows, batch.length, placement, labelled=batch.labelled, checkpointing=checkpointing
+    )
+    optim = str(_argument(stage, "optim"))
+    state = int(trainable * _STATE.get(optim, _ADAM))
+    memory = Memory(
+        weights=weights,
+        adapter=added,
+        gradients=step.gradients,
+        optimizer=state,
+        # Gradients come while activations go: what the pass holds at its peak is not on top of all of them.
+        activations=max(0, step.peak - step.gradients),
+        logits=step.logits,
+        runtime=machine.RUNTIME,
+    )
+    artefact = added or weights
+    accumulation = _argument(stage, "gradient_accumulation_steps")
+    return StagePlan(
+        stage.name,
+        stage.kind,
+        memory,
+        trainable,
+        total,
+        seconds=batch.steps * accumulation * step.operations / machine.training_speed(placement),
+        disk_bytes=artefact + _checkpoints(stage, artefact, state),
+        artefact_bytes=artefact,
+        detail=f"{batch.steps} steps of {batch.rows * accumulation} x {batch.length} tokens",
+    )
+
+
+def _checkpoints(stage: TuneStage, artefact: int, state: int) -> int:
+    """Bytes of checkpoints at their most: those kept, and the one that is being written."""
+    if str(_argument(stage, "save_strategy")) == "no":
+        return 0
+    kept = stage.training.get("save_total_limit", 2)
+    each = artefact + (0 if _argument(stage, "save_only_model") else state)
+    return (1 + (kept or 10)) * each
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What one forward pass of training sees.
+
+    Attributes:
+        rows, length: shape of a micro-batch in tokens.
+        labelled: its tokens that are trained.
+        steps: optimizer steps of the whole training.
+    """
+
+    rows: int
+    length: int
+    labelled: int
+    steps: int
+
+    @classmethod
+    def of(cls, stage: TuneStage, data: Amount) -> "_Batch":
+        options = {o.name: o.default for o in stage.objective.method.options()} | stage.objective.options
+        limit = options.get("max_length") or max(data.lengths)
+        capped = Amount([min(n, limit) for n in data.lengths], data.answers)
+        if options.get("packing"):
+            length = min(limit, capped.tokens)
+            examples = max(1, round(capped.tokens / (length * PACKED)))
+        else:
+            # The batch is as long as its longest row.
+            length, examples = (
+                capped.quantile(1 - 0.5 / _argument(stage, "per_device_train_batch_size")),
+                len(data),
+            )
+        rows = min(_argument(stage, "per_device_train_batch_size"), examples)
+        epoch = max(1, -(-examples // (rows * _argument(stage, "gradient_accumulation_steps"))))
+        steps = _argument(stage, "max_steps")
+        if steps <= 0:
+            steps = round(epoch * _argument(stage, "num_train_epochs"))
+        share = data.trained_share if options.get("train_on", "all") != "all" else 1.0
+        return cls(rows, max(1, length), max(1, int(rows * length * share)), steps)
+
+
+def _evaluate(base: _Base, stage: EvaluateStage, tuned: TuneStage | None) -> StagePlan:
+    placement = base.placement(train=tuned is not None and not is_adapter(tuned.method))
+    model = base.model(placement)
+    weights, _, _ = footprint.sizes(model)
+    parameters = sum(p.numel() for p in model.parameters())
+    data = base.amount(stage)
+    count = min(len(data), stage.samples or len(data))
+    size = placement.dtype.itemsize
+    vocab, blocks = model.config.vocab_size, base.config.get("num_hidden_layers", 0)
+    speed = machine.product_speed(placement.dtype, placement.device)
+    logits = cache = 0
+    seconds = 0.0
+    if "perplexity" in stage.metrics:
+        logits = BLOCK * vocab * 8  # in float32, with their logarithms
+        seconds += 2 * parameters * count * data.tokens / len(data) / speed
+    if any(METRICS[name].generates for name in stage.metrics):
+        new = stage.generation.get("max_new_tokens") or MAX_NEW_TOKENS
+        rows = min(stage.batch_size, count)
+        cache = _cache_bytes(model.config, rows * (data.quantile(1) + new), size)
+        turns = -(-count // rows) * new
+        token = (
+            max(weights / machine.bandwidth(placement.device), 2 * parameters * rows / speed)
+            + blocks * machine.TOKEN_OVERHEAD
+        )
+        seconds += turns * token + 2 * parameters * count * data.tokens / len(data) / speed
+    if base.recipe.model.task == "classification":
+        seconds += 2 * parameters * count * data.tokens / len(data) / speed
+    activations = cache + stage.batch_size * data.quantile(1) * model.config.hidden_size * 16 * size
+    return StagePlan(
+        stage.name,
+        stage.kind,
+        Memory(weights=weights, activations=activations, logits=logits, runtime=machine.RUNTIME),
+        total=parameters,
+        seconds=seconds,
+        disk_bytes=count * 4096,
+        detail=f"{count} rows, {', '.join(stage.metrics)}",
+    )
+
+
+def _cache_bytes(config: Any, tokens: int, size: int) -> int:
+    """Keys and values of all layers."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * size * tokens
+
+
+def _export(base: _Base, stage: ExportStage, tuned: TuneStage | None) -> StagePlan:
+    placement = base.placement(train=tuned is not None and not is_adapter(tuned.method))
+    model = base.model(placement)
+    weights, _, _ = footprint.sizes(model)
+    parameters = sum(p.numel() for p in model.parameters())
+    artefact = weights
+    if stage.format == "adapter" and tuned is not None:
+        _, artefact, _ = footprint.sizes(footprint.attach(model, tuned.method.method(**tuned.method.options)))
+    # A merge runs in float32; the proof loads what was written once more, in a process of its own.
+    merged = parameters * 4 if stage.merge else 0
+    memory = Memory(weights=weights, activations=merged, runtime=2 * machine.RUNTIME + artefact)
+    return StagePlan(
+        stage.name, stage.kind, memory, total=parameters, seconds=20 + artefact / 1e8,
+        disk_bytes=artefact, artefact_bytes=artefact, detail=stage.summary(),
+    )  # fmt: skip
+
+
+def _cheapest_change(base: _Base, found: Plan) -> str:
+    """The first of the changes, cheapest for the result first, with which the largest stage fits."""
+    index = found.stages.index(found.peak)
+    stage = base.recipe.stages[index]
+    for text, changed in _changes(stage):
+        recipe = base.recipe.model_copy(
+            update={"stages": [*base.recipe.stages[:index], changed, *base.recipe.stages[index + 1 :]]}
+        )
+        try:
+            needed = _stage(_Base(recipe, base.amounts), index).memory.total
+        except LuthierError:
+            continue
+        if needed <= found.available_bytes:
+            return f"It would fit ({show_bytes(needed)}) with {text}."
+    return "No change of batch, checkpointing, optimizer or method would make it fit: choose a smaller model."
+
+
+def _changes(stage: Stage) -> Iterator[tuple[str, Stage]]:
+    """Changes of a stage that save memory, each with what to write."""
+    if isinstance(stage, EvaluateStage):
+        for size in (4, 1):
+            if size < stage.batch_size:
+                yield f"batch_size: {size}", stage.model_copy(update={"batch_size": size})
+    if not isinstance(stage, TuneStage):
+        return
+
+    def trained(**settings: Any) -> TuneStage:
+        return stage.model_copy(update={"training": stage.training | settings})
+
+    rows, accumulation = (
+        _argument(stage, "per_device_train_batch_size"),
+        _argument(stage, "gradient_accumulation_steps"),
+    )
+    smaller: dict[str, Any] = {}
+    while rows > 1:
+        rows, accumulation = rows // 2, accumulation * 2
+        smaller = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
+        # The same optimizer steps, in smaller pieces.
+        yield _written(smaller), trained(**smaller)
+    lean = smaller | {"gradient_checkpointing": True}
+    yield _written(lean), trained(**lean)
+    lean |= {"optim": "adafactor"}
+    yield _written(lean), trained(**lean)
+    if not is_adapter(stage.method):
+        lora = type(stage.method).model_validate("lora")
+        yield "method: lora", stage.model_copy(update={"method": lora})
+        yield f"method: lora and {_written(lean)}", trained(**lean).model_copy(update={"method": lora})
+
+
+def _written(settings: dict[str, Any]) -> str:
+    words = {True: "true", False: "false"}
+    return (
+        "training: {"
+        + ", ".join(f"{k}: {words.get(v, v) if isinstance(v, bool) else v}" for k, v in settings.items())
+        + "}"
+    )

@@ -1,0 +1,277 @@
+"""What watches every training: proofs at the first step, divergence, Ctrl-C, progress."""
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections import deque
+from types import FrameType
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from luthier import checks
+from luthier.errors import TrainingError
+from luthier.resources import PeakMemory, show_bytes
+
+log = logging.getLogger("luthier.alignment")
+
+SAMPLES = 4096  # elements of each frozen parameter that are compared
+WINDOW = 10  # steps whose mean is held against the lowest such mean
+EXPLODED, MARGIN = 3.0, 2.0
+MEMORY_MARGIN = 1.3
+
+
+class StepOneProof(TrainerCallback):
+    """Proves on the first step of a run that the right weights learn, and what it costs in memory.
+
+    - every gradient is finite, and each module that learns gets one that is not zero;
+    - frozen weights are what they were, after the first step and at the end (a sample of each, bit by bit);
+    - the peak of memory, against the estimate where there is one.
+
+    Args:
+        expected_memory: estimate of the peak in bytes.
+    """
+
+    def __init__(self, expected_memory: int | None = None):
+        self.expected_memory = expected_memory
+        self._frozen: dict[str, torch.Tensor] = {}
+        self._memory: PeakMemory | None = None
+        self._due = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._due = True
+        self._frozen = frozen_sample(kwargs["model"])
+        self._memory = PeakMemory()
+        self._memory.__enter__()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Under a gradient scaler the first steps may overflow by design; sharded gradients are not whole.
+        if self._due and not (args.fp16 or args.deepspeed or args.fsdp):
+            prove_gradients(kwargs["model"])
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._due:
+            self._due = False
+            self._prove_frozen(kwargs["model"], "step1")
+            self._prove_memory()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._prove_frozen(kwargs["model"], "end")
+        self.close()
+
+    def close(self) -> None:
+        """End the measurement of memory, also where training was cut off."""
+        if self._memory is not None:
+            self._memory.__exit__()
+            self._memory = None
+        self._frozen = {}
+
+    def _prove_frozen(self, model: nn.Module, when: checks.When) -> None:
+        if not self._frozen:
+            return
+        now = frozen_sample(model, self._frozen)
+        moved = [name for name, sample in self._frozen.items() if not torch.equal(sample, now[name])]
+        checks.record(
+            when,
+            "frozen weights unchanged",
+            not moved,
+            len(moved),
+            0,
+            f"of {len(self._frozen)}" + (f", such as {moved[0]}" if moved else ""),
+            fix="Something other than the optimiser writes into them; report this as a fault of the method.",
+        )
+
+    def _prove_memory(self) -> None:
+        assert self._memory is not None
+        peak = self._memory.now()
+        peak = self._memory.cuda_bytes or peak
+        limit = None if self.expected_memory is None else int(MEMORY_MARGIN * self.expected_memory)
+        detail = show_bytes(peak)
+        if self.expected_memory is not None:
+            detail += f", {show_bytes(self.expected_memory)} were expected"
+        checks.record(
+            "step1", "peak memory", limit is None or peak <= limit, peak, limit, detail, refuse=False
+        )
+
+
+def frozen_sample(model: nn.Module, names: Any = None) -> dict[str, torch.Tensor]:
+    """Up to `SAMPLES` elements, evenly spread, of each frozen parameter (or of those in `names`)."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if name in names if names is not None else not parameter.requires_grad:
+            flat = parameter.detach().reshape(-1)
+            found[name] = flat[:: max(1, flat.numel() // SAMPLES)].clone().cpu()
+    return found
+
+
+def prove_gradients(model: nn.Module) -> None:
+    """Finite gradients everywhere, and one that is not zero in every module that learns.
+
+    A module is a tuner's layer or the owner of a parameter: of a LoRA pair one half starts at zero, so the
+    other half's first gradient is zero. Experts that no token was sent to have none.
+
+    Raises:
+        CheckError: a gradient is not finite, or a module gets none.
+    """
+    tuners = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    layers = set(tuners)
+    largest: dict[str, float] = {}
+    infinite = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        size = 0.0 if parameter.grad is None else parameter.grad.detach().abs().max().item()
+        if not math.isfinite(size):
+            infinite.append(name)
+        owner = _owner(name, layers)
+        largest[owner] = max(largest.get(owner, 0.0), size)
+    checks.record(
+        "step1",
+        "gradients finite",
+        not infinite,
+        len(infinite),
+        0,
+        f"such as {infinite[0]}" if infinite else "",
+        fix="Lower the learning rate, or train in float32 (dtype: float32).",
+    )
+    still = [name for name, size in largest.items() if size == 0 and "expert" not in name]
+    checks.record(
+        "step1",
+        "gradients where declared",
+        not still,
+        len(largest) - len(still),
+        len(largest),
+        f"none for {still[0]}" if still else "modules that learn",
+        fix="These weights are not used by the loss: leave them out of what learns.",
+    )
+
+
+def _owner(name: str, tuners: set[str]) -> str:
+    """The innermost tuner's layer that a parameter belongs to, or else its module."""
+    path = name
+    while path:
+        path = path.rpartition(".")[0]
+        if path in tuners:
+            return path
+    return name.rpartition(".")[0]
+
+
+class Divergence(TrainerCallback):
+    """Stops a run whose loss explodes, with the checkpoints that it has.
+
+    The mean loss of ten steps is held against the lowest such mean so far: beyond three times that and two
+    nats, nothing useful is left. A loss or gradient that is not finite stops the run at once, before the
+    weights take it up (`luthier.alignment.reliable`).
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.recent: deque[float] = deque(maxlen=WINDOW)
+        self.lowest = math.inf
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.recent.append(self.trainer.step_loss)
+        if len(self.recent) < WINDOW:
+            return
+        mean = sum(self.recent) / WINDOW
+        if mean > EXPLODED * self.lowest + MARGIN:
+            raise TrainingError(
+                f"The loss exploded: {mean:.3g} on average over steps {state.global_step - WINDOW + 1} to "
+                f"{state.global_step}, after {self.lowest:.3g}. {self.trainer.last_good()}",
+                fix=f"Lower learning_rate (now {args.learning_rate:g}), or warm up longer.",
+            )
+        self.lowest = min(self.lowest, mean)
+
+
+class CleanInterrupt(TrainerCallback):
+    """Ctrl-C ends the run after the step at hand, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._before: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.interrupted = False
+        if threading.current_thread() is threading.main_thread():  # only there can signals be handled
+            self._before = signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        log.warning("Stopping after this step, with a checkpoint. Press Ctrl-C again to stop at once.")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def close(self) -> None:
+        """Give Ctrl-C back to whoever had it."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None
+
+
+class ShowProgress(TrainerCallback):
+    """A bar with loss, tokens of content per second and time left; without a terminal, lines in the log."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.bar: Progress | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.start, self.first = time.perf_counter(), state.num_input_tokens_seen
+        console = Console(stderr=True)
+        if state.is_world_process_zero and console.is_terminal:
+            self.bar = Progress(
+                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(), console=console,
+            )  # fmt: skip
+            self.bar.start()
+            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, note="")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step, note=self._note(state))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is None and state.is_world_process_zero and "loss" in state.log_history[-1]:
+            log.info("step %d of %d: %s", state.global_step, state.max_steps, self._note(state))
+
+    def _note(self, state: TrainerState) -> str:
+        seconds = time.perf_counter() - self.start
+        speed = (state.num_input_tokens_seen - self.first) / max(seconds, 1e-9)
+        return f"loss {self.trainer.step_loss:.4f}, {speed:,.0f} tokens/s"
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

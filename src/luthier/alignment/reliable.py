@@ -1,0 +1,245 @@
+"""What every trainer of ours does beyond `transformers.Trainer`, as a mixin before it in the bases.
+
+- one mean over all labelled items of an accumulated batch, in training and in evaluation;
+- checkpoints that appear whole or not at all, without pickled arguments;
+- a loss or gradient that is not finite never reaches the weights;
+- Ctrl-C ends with a checkpoint; proofs at the first step; tokens of content are counted;
+- the tuning method's parameter groups and callbacks.
+"""
+
+import logging
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+
+from luthier.alignment.callbacks import CleanInterrupt, Divergence, ShowProgress, StepOneProof
+from luthier.errors import TrainingError
+from luthier.tuning import hooks
+
+log = logging.getLogger("luthier.alignment")
+
+DRAFT = ".saving"  # checkpoints are written in here and moved out when they are whole
+
+
+class Reliable:
+    """Mixin for `transformers.Trainer` and its subclasses.
+
+    Attributes:
+        step_loss: loss of the last step, over its whole accumulated batch.
+        interrupted: Ctrl-C ended the last `train()`.
+
+    Args:
+        expected_memory: estimate of the peak in bytes, for the proof at step 1.
+    """
+
+    # Our losses are sums over the accumulated batch divided by its number of items.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self: Any, *args: Any, expected_memory: int | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.step_loss = math.nan
+        self._step_parts: list[Tensor] = []
+        self._eval_sums: list[Tensor] | None = None
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # makes the Trainer count the labelled items
+        self._proof, self._interrupt = StepOneProof(expected_memory), CleanInterrupt()
+        self._progress = ShowProgress(self)
+        for callback in (self._proof, Divergence(self), self._interrupt, self._progress):
+            self.add_callback(callback)
+        for callback in hooks.callbacks(self.model):
+            self.add_callback(callback)
+
+    # Training ----------------------------------------------------------------------------------------
+
+    def train(self: Any, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`.
+
+        Raises:
+            TrainingError: the loss is not finite or explodes, or there is no checkpoint to resume from.
+            KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
+        """
+        folder = Path(self.args.output_dir)
+        if self.args.should_save:
+            shutil.rmtree(folder / DRAFT, ignore_errors=True)
+        if resume_from_checkpoint is True and get_last_checkpoint(str(folder)) is None:
+            raise TrainingError(
+                f"There is no checkpoint in {folder} to resume from.", fix="Start without resuming."
+            )
+        self._started = time.perf_counter()
+        self._step_parts = []
+        try:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]
+        finally:
+            for callback in (self._proof, self._interrupt, self._progress):
+                callback.close()
+        if self.interrupted:
+            log.warning("Stopped at step %d. %s", self.state.global_step, self.last_good())
+            raise KeyboardInterrupt
+        return output
+
+    @property
+    def interrupted(self) -> bool:
+        return self._interrupt.interrupted
+
+    def create_optimizer(self: Any, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            groups = hooks.parameter_groups(self.model, self.args)
+            if groups is not None:
+                kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+                self.optimizer = kind(groups, **options)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        return optimizer
+
+    def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        if self.args.include_num_input_tokens_seen == "no":
+            count = torch.tensor(sum(content_tokens(batch) for batch in batches), device=self.args.device)
+            self._new_tokens = int(self.accelerator.gather(count).sum())
+        return batches, items
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        self._step_parts.append(loss)
+        if self.accelerator.sync_gradients:
+            self.step_loss = self._whole_step_loss()
+            self.state.num_input_tokens_seen += self.__dict__.pop("_new_tokens", 0)
+        return loss
+
+    def _whole_step_loss(self: Any) -> float:
+        """The step's loss; raises TrainingError where it is not finite (its gradients are dropped)."""
+        value = float(torch.stack(self._step_parts).sum())
+        self._step_parts = []
+        if not math.isfinite(value) and not self.args.fp16:
+            raise TrainingError(
+                f"The loss of step {self.state.global_step + 1} is {value}; the weights did not take it up. "
+                + self.last_good(),
+                fix=f"Lower learning_rate (now {self.args.learning_rate:g}), or train in float32.",
+            )
+        return value
+
+    def _get_grad_norm(self: Any, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        if norm is not None and not math.isfinite(float(norm)) and not self.args.fp16:
+            raise TrainingError(
+                f"The gradient of step {self.state.global_step + 1} is not finite; the weights did not take "
+                f"it up. {self.last_good()}",
+                fix=f"Lower learning_rate (now {self.args.learning_rate:g}), or train in float32.",
+            )
+        return norm
+
+    def log(self: Any, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["num_tokens"] = self.state.num_input_tokens_seen
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    # Evaluation --------------------------------------------------------------------------------------
+
+    def evaluation_loop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, but the loss is the mean over all labelled items, not over batches."""
+        self._eval_sums = []
+        try:
+            output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+            if self._eval_sums:
+                total, count = torch.stack(self._eval_sums).sum(0)
+                prefix = kwargs.get("metric_key_prefix", "eval")
+                output.metrics[f"{prefix}_loss"] = float(total / count.clamp(min=1))
+        finally:
+            self._eval_sums = None
+        return output
+
+    def prediction_step(
+        self: Any, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        items = self._labelled_items(inputs)  # before: the Trainer may take the labels out
+        result = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if items is not None and result[0] is not None and self._eval_sums is not None:
+            # A batch without any label has a mean of 0 items, which is no number.
+            total = torch.where(items > 0, result[0].double() * items, 0.0)
+            self._eval_sums.append(self.accelerator.reduce(torch.stack([total, items.double()])))
+        return result
+
+    def _labelled_items(self: Any, inputs: dict[str, Any]) -> Tensor | None:
+        """Number of labels in a batch, without those that nothing predicts."""
+        labels = inputs.get("labels")
+        if labels is None:
+            return None
+        return ((labels[..., 1:] if self._loss_shifts_labels else labels) != -100).sum().to(self.args.device)
+
+    # Checkpoints -------------------------------------------------------------------------------------
+
+    def last_good(self: Any) -> str:
+        """Where the last checkpoint lies, in a sentence."""
+        last = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
+        return f"The last checkpoint is {last}." if last else "There is no checkpoint yet."
+
+    def _get_output_dir(self: Any, trial: Any) -> str:
+        folder: str = super()._get_output_dir(trial)  # type: ignore[misc]
+        return os.path.join(folder, DRAFT) if getattr(self, "_drafting", False) else folder
+
+    def _save_checkpoint(self: Any, model: nn.Module, trial: Any) -> None:
+        """Written beside its place and moved there when whole: a kill leaves the checkpoint before."""
+        folder = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        draft, final = folder / DRAFT / name, folder / name
+        if self.args.should_save:
+            shutil.rmtree(folder / DRAFT, ignore_errors=True)
+        self._drafting = True
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            self._drafting = False
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            return
+        best = self.state.best_global_step
+        if best:  # the path that was noted while drafting
+            place = folder / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+            self.state.best_model_checkpoint = str(place) if place == final or place.is_dir() else None
+            self.state.save_to_json(str(draft / TRAINER_STATE_NAME))
+        _sync(draft)
+        if final.exists():  # of an earlier run that was resumed from before it
+            shutil.rmtree(final)
+        os.replace(draft, final)
+        _sync(folder, files=False)
+        shutil.rmtree(folder / DRAFT, ignore_errors=True)
+        rotate_checkpoints(
+            output_dir=str(folder),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    def _save(self: Any, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        # Pickled arguments: never read back, and code to whoever loads them.
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+
+def content_tokens(batch: dict[str, Any]) -> int:
+    """Tokens of a batch that are content, not filling; a collator may have counted them (`content`)."""
+    if "content" in batch:
+        return int(batch.pop("content"))
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    return int(batch["input_ids"].numel())
+
+
+def _sync(folder: Path, *, files: bool = True) -> None:
+    """Have the disk hold what was written: a rename may otherwise outlive the contents in a power cut."""
+    paths = [path for path in folder.rglob("*") if path.is_file()] if files else []
+    for path in [*paths, folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

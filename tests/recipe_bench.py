@@ -74,7 +74,8 @@ class Bench:
 
 
 def plan(disk: int = 0, fits: bool = True) -> SimpleNamespace:
-    parts = [SimpleNamespace(disk_bytes=disk)] * 3
+    memory = SimpleNamespace(total=0)
+    parts = [SimpleNamespace(disk_bytes=disk, memory=memory)] * 4
     return SimpleNamespace(stages=parts, fits=fits, verdict="It needs 9 GB.", as_dict=lambda: {"fits": fits})
 
 

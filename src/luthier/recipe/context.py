@@ -192,6 +192,7 @@ class Context:
         upstream: the output of the last stage that changed the model; None for the base.
         earlier: manifests of the stages before, in order.
         resume: whether `work/checkpoints` holds what an interrupted session left.
+        expected_memory: the plan's estimate of this stage's peak in bytes.
     """
 
     recipe: Recipe
@@ -201,6 +202,7 @@ class Context:
     upstream: Upstream | None = None
     earlier: tuple[Manifest, ...] = ()
     resume: bool = False
+    expected_memory: int | None = None
 
     def model(self) -> tuple[Any, PreTrainedTokenizerBase]:
         """The model as the stages before left it, to be read only, and a tokenizer."""

@@ -346,6 +346,7 @@ class _Work:
             upstream,
             tuple(earlier),
             session.has_checkpoint,
+            self.plan.stages[i].memory.total if self.plan is not None else None,
         )
         started = datetime.now().astimezone()
         release_memory()

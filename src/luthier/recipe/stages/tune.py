@@ -1,13 +1,13 @@
 """Train the model with a method and an objective; an interrupted stage goes on from its last checkpoint."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import TrainerState, set_seed
+from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
 
 from luthier.alignment.trainer import trainer as make_trainer
 from luthier.errors import RecipeError
@@ -18,9 +18,6 @@ from luthier.recipe.stages import StageResult
 from luthier.tuning.attach import trainable
 
 log = logging.getLogger("luthier.recipe")
-
-# Ten checkpoints in a run, of which the last is kept beside the best: enough to resume, and little disk.
-CHECKPOINTS = {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 2}
 
 
 def run(stage: TuneStage, context: Context) -> StageResult:
@@ -40,49 +37,45 @@ def run(stage: TuneStage, context: Context) -> StageResult:
     objective = stage.objective.method(**stage.objective.options)
     learns = not is_adapter(stage.method)
     model, tokenizer = context.lend(train=learns)
-    # After loading, so that the adapter is the same whether the model was loaded for this stage or before it.
-    set_seed(context.recipe.seed)
     checkpoints = context.work / "checkpoints"
-    owned = {"output_dir": str(checkpoints), "seed": context.recipe.seed}
     trainer = make_trainer(
         objective,
         model,
         stage.data,
         method=method,
-        args=CHECKPOINTS | stage.training | owned,
+        args=stage.training | {"output_dir": str(checkpoints), "seed": context.recipe.seed},
         tokenizer=tokenizer,
         eval_data=stage.eval_data,
+        expected_memory=context.expected_memory,
     )
-    last = last_checkpoint(checkpoints) if context.resume else None
+    last = get_last_checkpoint(str(checkpoints)) if context.resume else None
     if last is not None:
-        log.info("goes on from %s", last.name)
-    output = trainer.train(resume_from_checkpoint=str(last) if last else None)
+        log.info("goes on from %s", Path(last).name)
+    measured = trainer.train(resume_from_checkpoint=last).metrics
     model = trainer.accelerator.unwrap_model(trainer.model)
     learning, total = trainable(model)
     save(model, context.work / ("adapter" if isinstance(model, PeftModel) else "model"), tokenizer)
     return StageResult(
-        metrics=_metrics(output.metrics, trainer.state),
+        metrics=_metrics(measured, trainer, last),
         history=trainer.state.log_history,
-        details={"resumed_from": last.name if last else None, "steps": trainer.state.global_step},
+        details={"best_step": trainer.state.best_global_step} if trainer.state.best_global_step else {},
         trainable=learning,
         total=total,
         left=(model, tokenizer, learns),
     )
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole: its state, written last, can be read."""
-    found = sorted(
-        folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True
-    )
-    for path in found:
-        try:
-            json.loads((path / TRAINER_STATE_NAME).read_text())
-        except (OSError, ValueError):
-            continue
-        return path
-    return None
-
-
-def _metrics(measured: dict[str, float], state: TrainerState) -> dict[str, Any]:
-    return {"loss": measured["train_loss"], "steps": state.global_step}
+def _metrics(measured: dict[str, float], trainer: Trainer, resumed_from: str | None) -> dict[str, Any]:
+    """Of the whole training; the speed is that of the last session."""
+    tokens = trainer.state.num_input_tokens_seen
+    before = 0
+    if resumed_from is not None:
+        before = TrainerState.load_from_json(f"{resumed_from}/{TRAINER_STATE_NAME}").num_input_tokens_seen
+    found: dict[str, Any] = {"steps": trainer.state.global_step, "tokens": tokens}
+    found["tokens_per_second"] = (tokens - before) / measured["train_runtime"]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if losses:
+        found["loss"] = losses[-1]
+    if trainer.state.best_metric is not None:
+        found["eval_loss"] = trainer.state.best_metric
+    return found

@@ -1,0 +1,138 @@
+"""A plan says what a recipe takes, and refuses what does not fit with the cheapest change that would."""
+
+import json
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from luthier.cli.main import app
+from luthier.errors import ResourceError
+from luthier.models.saving import save
+from luthier.recipe import machine, planner
+from luthier.recipe.planner import plan
+from luthier.recipe.source import load_recipe
+
+RECIPE = """\
+name: small
+model: {name: MODEL, dtype: float32}
+output: OUT
+stages:
+  - evaluate: {data: data.jsonl, metrics: [exact_match, perplexity], samples: 5}
+  - tune:
+      data: data.jsonl
+      method: {name: lora, r: 4}
+      objective: {name: sft, max_length: 64}
+      training: {max_steps: 10, per_device_train_batch_size: 8}
+  - export: {}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    save(tiny.llama(), folder / "model", tiny.tokenizer())
+    rows = [{"prompt": f"What is {i}?", "completion": f"It is {i}." * (1 + i % 3)} for i in range(40)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = RECIPE.replace("MODEL", str(folder / "model")).replace("OUT", str(folder / "runs"))
+    (folder / "recipe.yaml").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def planned(folder):
+    return lambda *overrides: plan(load_recipe(folder / "recipe.yaml", overrides))
+
+
+def test_every_stage_is_planned(planned):
+    found = planned()
+    evaluate, tune, export = found.stages
+    # r (in + out) of the seven linear layers of a block: q, o 32 + 32; k, v 32 + 16; gate, up, down 32 + 64.
+    assert tune.trainable == 2 * 4 * (2 * 64 + 2 * 48 + 3 * 96)
+    assert tune.total == tune.trainable + export.total
+    assert evaluate.total == export.total == sum(p.numel() for p in tiny.llama().parameters())
+    assert tune.memory.weights == 4 * export.total
+    assert tune.memory.adapter == tune.memory.gradients == 4 * tune.trainable
+    assert tune.memory.optimizer == 8 * tune.trainable
+    assert tune.artefact_bytes == 4 * tune.trainable
+    assert export.artefact_bytes == 4 * export.total
+    assert found.fits
+    assert found.verdict.startswith("It fits")
+    assert json.loads(json.dumps(found.as_dict()))["stages"][1]["memory_bytes"] == tune.memory.total
+
+
+@pytest.mark.parametrize(
+    ("optim", "bytes_each"), [("adamw_torch", 8), ("sgd", 0), ("adamw_8bit", 2), ("lion_32bit", 4)]
+)
+def test_optimizer_state_follows_the_optimizer(planned, optim, bytes_each):
+    found = planned(f"tune.training.optim={optim}").stages[1]
+    assert found.memory.optimizer == bytes_each * found.trainable
+
+
+def test_full_fine_tuning_holds_more_and_writes_more(planned):
+    lora, full = planned().stages[1], planned("tune.method=full").stages[1]
+    assert full.trainable == full.total
+    assert full.memory.gradients > lora.memory.gradients
+    assert full.disk_bytes > 5 * lora.disk_bytes
+    assert (
+        planned("tune.method=full", "tune.training.save_strategy=no").stages[1].disk_bytes < full.disk_bytes
+    )
+
+
+def test_time_follows_the_steps(planned):
+    ten, twenty = planned().stages[1].seconds, planned("tune.training.max_steps=20").stages[1].seconds
+    assert twenty == pytest.approx(2 * ten, rel=0.01)
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """The machine has `share` of the way from what the stage holds anyway to what it needs."""
+
+    def have(stage, share):
+        fixed = stage.memory.total - stage.memory.activations
+        monkeypatch.setattr(
+            planner, "_available", lambda device: int(fixed + share * stage.memory.activations)
+        )
+
+    monkeypatch.setattr(machine, "RUNTIME", 0)
+    return have
+
+
+def only_tune(folder, tmp_path, *overrides):
+    text = (folder / "recipe.yaml").read_text()
+    start, tune, end = (text.index(f"  - {k}:") for k in ("evaluate", "tune", "export"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text[:start] + text[tune:end].replace("data.jsonl", str(folder / "data.jsonl")))
+    return path
+
+
+def test_what_does_not_fit_is_refused_with_the_cheapest_change(folder, tmp_path, little_memory):
+    recipe = load_recipe(only_tune(folder, tmp_path))
+    little_memory(plan(recipe).stages[0], 0.6)
+    found = plan(recipe)
+    assert not found.fits
+    assert "Stage 'tune' needs about" in found.verdict
+    assert "activations" in found.verdict
+    assert "per_device_train_batch_size: 4, gradient_accumulation_steps: 2" in found.change
+
+
+def test_a_change_is_named_only_if_it_would_fit(folder, tmp_path, little_memory):
+    recipe = load_recipe(only_tune(folder, tmp_path))
+    little_memory(plan(recipe).stages[0], -1)
+    found = plan(recipe)
+    assert "choose a smaller model" in found.change
+
+
+def test_the_command_refuses_unless_forced(folder, tmp_path, little_memory):
+    path = only_tune(folder, tmp_path)
+    run = CliRunner()
+    done = run.invoke(app, ["plan", str(path)])
+    assert done.exit_code == 0
+    assert "It fits" in done.output
+    little_memory(plan(load_recipe(path)).stages[0], 0.6)
+    refused = run.invoke(app, ["plan", str(path)])
+    assert isinstance(refused.exception, ResourceError)
+    assert "It would fit" in str(refused.exception)
+    assert run.invoke(app, ["plan", str(path), "--force"]).exit_code == 0
+    as_json = run.invoke(app, ["plan", str(path), "--force", "--json"])
+    assert json.loads(as_json.stdout)["fits"] is False

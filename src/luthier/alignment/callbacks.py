@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections import deque
+from collections.abc import Collection
 from types import FrameType
 from typing import Any
 
@@ -22,7 +23,6 @@ from luthier.resources import PeakMemory, show_bytes
 
 log = logging.getLogger("luthier.alignment")
 
-SAMPLES = 4096  # elements of each frozen parameter that are compared
 WINDOW = 10  # steps whose mean is held against the lowest such mean
 EXPLODED, MARGIN = 3.0, 2.0
 MEMORY_MARGIN = 1.3
@@ -32,7 +32,7 @@ class StepOneProof(TrainerCallback):
     """Proves on the first step of a run that the right weights learn, and what it costs in memory.
 
     - every gradient is finite, and each module that learns gets one that is not zero;
-    - frozen weights are what they were, after the first step and at the end (a sample of each, bit by bit);
+    - frozen weights are what they were, bit by bit, after the first step and at the end;
     - the peak of memory, against the estimate where there is one.
 
     Args:
@@ -41,7 +41,7 @@ class StepOneProof(TrainerCallback):
 
     def __init__(self, expected_memory: int | None = None):
         self.expected_memory = expected_memory
-        self._frozen: dict[str, torch.Tensor] = {}
+        self._frozen: dict[str, int] = {}
         self._memory: PeakMemory | None = None
         self._due = False
 
@@ -49,7 +49,8 @@ class StepOneProof(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._due = True
-        self._frozen = frozen_sample(kwargs["model"])
+        # Sharded weights are not whole in one process.
+        self._frozen = {} if args.fsdp or args.deepspeed else frozen_bits(kwargs["model"])
         self._memory = PeakMemory()
         self._memory.__enter__()
 
@@ -84,8 +85,8 @@ class StepOneProof(TrainerCallback):
     def _prove_frozen(self, model: nn.Module, when: checks.When) -> None:
         if not self._frozen:
             return
-        now = frozen_sample(model, self._frozen)
-        moved = [name for name, sample in self._frozen.items() if not torch.equal(sample, now[name])]
+        now = frozen_bits(model, self._frozen)
+        moved = [name for name, bits in self._frozen.items() if bits != now[name]]
         checks.record(
             when,
             "frozen weights unchanged",
@@ -109,14 +110,13 @@ class StepOneProof(TrainerCallback):
         )
 
 
-def frozen_sample(model: nn.Module, names: Any = None) -> dict[str, torch.Tensor]:
-    """Up to `SAMPLES` elements, evenly spread, of each frozen parameter (or of those in `names`)."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        if name in names if names is not None else not parameter.requires_grad:
-            flat = parameter.detach().reshape(-1)
-            found[name] = flat[:: max(1, flat.numel() // SAMPLES)].clone().cpu()
-    return found
+def frozen_bits(model: nn.Module, names: Collection[str] | None = None) -> dict[str, int]:
+    """A hash of the bits of each frozen parameter, or of those in `names`."""
+    return {
+        name: int(torch.hash_tensor(parameter.detach()).item())
+        for name, parameter in model.named_parameters()
+        if parameter.numel() and (not parameter.requires_grad if names is None else name in names)
+    }
 
 
 def prove_gradients(model: nn.Module) -> None:

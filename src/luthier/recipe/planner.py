@@ -7,6 +7,7 @@ Memory and operations of a training step are found by running one on tensors wit
 
 import logging
 import shutil
+import statistics
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -270,10 +271,10 @@ def _tune(base: _Base, stage: TuneStage) -> StagePlan:
         memory,
         trainable,
         total,
-        seconds=batch.steps * accumulation * step.operations / machine.training_speed(placement),
+        seconds=batch.steps * accumulation * batch.fill * step.operations / machine.training_speed(placement),
         disk_bytes=artefact + _checkpoints(stage, artefact, state),
         artefact_bytes=artefact,
-        detail=f"{batch.steps} steps of {batch.rows * accumulation} x {batch.length} tokens",
+        detail=f"{batch.steps} steps of {batch.rows * accumulation} x {batch.fill * batch.length:.0f} tokens",
     )
 
 
@@ -291,37 +292,43 @@ class _Batch:
     """What one forward pass of training sees.
 
     Attributes:
-        rows, length: shape of a micro-batch in tokens.
+        rows, length: shape of the largest micro-batch, in tokens; documents that share a row are kept apart,
+            so they cost what rows of their length do.
         labelled: its tokens that are trained.
+        fill: tokens of the mean micro-batch over those of the largest one.
         steps: optimizer steps of the whole training.
     """
 
     rows: int
     length: int
     labelled: int
+    fill: float
     steps: int
 
     @classmethod
     def of(cls, stage: TuneStage, data: Amount) -> "_Batch":
         options = {o.name: o.default for o in stage.objective.method.options()} | stage.objective.options
         limit = options.get("max_length") or max(data.lengths)
-        capped = Amount([min(n, limit) for n in data.lengths], data.answers)
-        if options.get("packing"):
-            length = min(limit, capped.tokens)
-            examples = max(1, round(capped.tokens / (length * PACKED)))
-        else:
-            # The batch is as long as its longest row.
-            length, examples = (
-                capped.quantile(1 - 0.5 / _argument(stage, "per_device_train_batch_size")),
-                len(data),
-            )
-        rows = min(_argument(stage, "per_device_train_batch_size"), examples)
+        lengths = [min(n, limit) for n in data.lengths]
+        rows = int(_argument(stage, "per_device_train_batch_size"))
+        examples, fill = len(lengths), 1.0
+        if options.get("packing") == "rows":
+            length = min(limit, sum(lengths))
+            examples = max(1, round(sum(lengths) / (length * PACKED)))
+        elif options.get("packing", False):  # the examples of a batch, one after another
+            mean = statistics.fmean(lengths)
+            # The largest of many sums of `rows` lengths lies about three deviations above their mean.
+            largest = min(max(lengths), mean + 3 * statistics.pstdev(lengths) / min(rows, examples) ** 0.5)
+            length, fill = round(largest), mean / largest
+        else:  # padded to the longest
+            length = sorted(lengths)[min(examples - 1, round(examples * (1 - 0.5 / rows)))]
+        rows = min(rows, examples)
         epoch = max(1, -(-examples // (rows * _argument(stage, "gradient_accumulation_steps"))))
         steps = _argument(stage, "max_steps")
         if steps <= 0:
             steps = round(epoch * _argument(stage, "num_train_epochs"))
         share = data.trained_share if options.get("train_on", "all") != "all" else 1.0
-        return cls(rows, max(1, length), max(1, int(rows * length * share)), steps)
+        return cls(rows, max(1, length), max(1, int(rows * length * share)), fill, steps)
 
 
 def _evaluate(base: _Base, stage: EvaluateStage, tuned: TuneStage | None) -> StagePlan:

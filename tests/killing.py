@@ -9,7 +9,12 @@ from typing import Any
 
 # One server imports torch and the rest once; each run is a fork of it, a tenth of a second away.
 PROCESSES = multiprocessing.get_context("forkserver")
-PRELOAD = ["luthier.recipe.context", "luthier.recipe.stages.tune", "luthier.alignment.sl.sft"]
+PRELOAD = [
+    "luthier.recipe.stages.tune",
+    "luthier.recipe.stages.evaluate",
+    "luthier.alignment.sl.sft",
+    "luthier.recipe.planner",
+]
 WRITES = ("os.rename", "os.replace", "os.remove", "os.rmdir", "os.mkdir", "os.link", "shutil.rmtree")
 
 

@@ -16,9 +16,10 @@ from luthier.recipe.runner import run
 
 EVALUATE = "evaluate: {data: test.jsonl, metrics: [exact_match, perplexity], generation: {max_new_tokens: 8}}"
 TUNE = (
-    "tune: {data: train.jsonl, method: METHOD, "
-    "training: {max_steps: 6, logging_steps: 1, learning_rate: 1.0e-2, per_device_train_batch_size: 4}}"
+    "tune: {data: train.jsonl, method: METHOD, training: {max_steps: 6, logging_steps: 1, "
+    "save_strategy: 'no', learning_rate: 1.0e-2, per_device_train_batch_size: 4}}"
 )
+LORA = "{name: lora, r: 4, lora_dropout: 0.1}"
 
 
 def rows(first: int, count: int) -> list[dict[str, str]]:
@@ -29,19 +30,24 @@ def write_rows(path: Path, found: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in found))
 
 
-@pytest.fixture
-def place(tmp_path):
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
     torch.set_num_threads(1)
-    save(tiny.llama(), tmp_path / "base", tiny.tokenizer())
-    write_rows(tmp_path / "train.jsonl", rows(0, 24))
-    write_rows(tmp_path / "test.jsonl", rows(100, 6))
-    return tmp_path
+    folder = tmp_path_factory.mktemp("stages")
+    save(tiny.llama(), folder / "base", tiny.tokenizer())
+    write_rows(folder / "train.jsonl", rows(0, 24))
+    write_rows(folder / "test.jsonl", rows(100, 6))
+    return folder
 
 
-def recipe(
-    place: Path, *stages: str, name: str = "demo", method: str = "{name: lora, r: 4}", **model
-) -> Path:
-    settings = {"name": str(place / "base"), "dtype": "float32", "device": "cpu"} | model
+@pytest.fixture(scope="module")
+def tuned(place):
+    """Evaluate, tune, evaluate in this process."""
+    return run(recipe(place, EVALUATE, TUNE, EVALUATE, name="tuned"))
+
+
+def recipe(place: Path, *stages: str, name: str = "demo", method: str = LORA) -> Path:
+    settings = {"name": str(place / "base"), "dtype": "float32", "device": "cpu"}
     lines = [f"name: {name}", f"model: {json.dumps(settings)}", f"output: {place / 'runs'}", "stages:"]
     lines += [f"  - {stage}".replace("METHOD", method) for stage in stages]
     path = place / f"{name}.yaml"
@@ -59,13 +65,13 @@ def predictions(stage) -> list[dict]:
 
 
 class TestOneProcess:
-    @pytest.mark.parametrize("method", ["{name: lora, r: 4, lora_dropout: 0.1}", "dora", "full"])
+    @pytest.mark.parametrize("method", [LORA, "full"])
     def test_equals_a_process_for_each_stage(self, place, method):
         """The first evaluation sees the base, the second what the tuned folder holds."""
-        stages = [EVALUATE, TUNE, EVALUATE]
-        together = run(recipe(place, *stages, name="together", method=method))
+        stages, name = [EVALUATE, TUNE, EVALUATE], "full" if method == "full" else "lora"
+        together = run(recipe(place, *stages, name=f"together-{name}", method=method))
         for count in (1, 2, 3):
-            path = recipe(place, *stages[:count], name="apart", method=method)
+            path = recipe(place, *stages[:count], name=f"apart-{name}", method=method)
             assert killing.finish(path) == 0
         apart = run(path)
         assert [s.status for s in apart.stages] == ["unchanged"] * 3
@@ -76,29 +82,25 @@ class TestOneProcess:
             assert predictions(together.stages[i]) == predictions(apart.stages[i])
         assert together.stages[0].manifest.metrics != together.stages[2].manifest.metrics
 
-    def test_a_tuned_model_is_the_same_whatever_ran_before(self, place):
-        alone = run(recipe(place, TUNE, name="alone"))
-        after = run(recipe(place, EVALUATE, TUNE, name="after"))
-        assert weights(alone.stages[0]) == weights(after.stages[1])
+    def test_a_tuned_model_is_the_same_whatever_ran_before(self, place, tuned):
+        assert weights(run(recipe(place, TUNE, name="alone")).stages[0]) == weights(tuned.stages[1])
 
-    def test_the_seed_decides_what_is_learnt(self, place):
-        found = [
-            weights(run(recipe(place, TUNE, name=f"seed{i}"), overrides=[f"seed={seed}"]).stages[0])
-            for i, seed in enumerate((0, 0, 1))
-        ]
-        assert found[0] == found[1]
-        assert found[0] != found[2]
+    def test_the_seed_decides_what_is_learnt(self, place, tuned):
+        other = run(recipe(place, TUNE, name="seed"), overrides=["seed=1"])
+        assert weights(other.stages[0]) != weights(tuned.stages[1])
 
 
 class TestTune:
-    def test_leaves_an_adapter_and_what_was_measured(self, place):
-        (stage,) = run(recipe(place, TUNE)).stages
+    def test_leaves_an_adapter_and_what_was_measured(self, tuned):
+        stage = tuned.stages[1]
         found = stage.manifest
         assert sorted(p.name for p in stage.folder.iterdir()) == ["adapter", "manifest.json"]
         model, _ = luthier.load(stage.artefact)
         assert found.trainable == sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
         assert found.total == sum(p.numel() for p in model.parameters())
         assert [entry["step"] for entry in found.history if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+        assert found.metrics["steps"] == 6
+        assert found.metrics["tokens"] > 0
         assert found.metrics["tokens_per_second"] > 0
         assert found.artefact_bytes == sum(p.stat().st_size for p in stage.artefact.iterdir())
         assert found.peak_memory_bytes > 0
@@ -106,22 +108,18 @@ class TestTune:
         assert {"before", "step1", "data"} <= {check["when"] for check in found.checks}
 
     def test_leaves_a_whole_model_where_its_own_weights_were_trained(self, place):
-        stage = run(recipe(place, TUNE, method="full")).stages[0]
+        stage = run(recipe(place, TUNE, method="full", name="whole")).stages[0]
         assert stage.artefact.name == "model"
         AutoModelForCausalLM.from_pretrained(stage.artefact)
 
     def test_a_second_method_needs_the_first_one_merged(self, place):
         with pytest.raises(RecipeError, match=r"carries an adapter already.*export"):
-            run(recipe(place, TUNE, TUNE))
-        result = run(recipe(place, TUNE, "export: {merge: true}", TUNE, EVALUATE, name="merged"))
-        assert [s.status for s in result.stages] == ["done"] * 4
-        base = json.loads((result.artefact / "adapter_config.json").read_text())["base_model_name_or_path"]
-        assert base == str(result.folder / "02-export" / "model")
+            run(recipe(place, TUNE, TUNE, name="twice"))
 
 
 class TestEvaluate:
-    def test_leaves_a_prediction_for_each_row(self, place):
-        stage = run(recipe(place, EVALUATE)).stages[0]
+    def test_leaves_a_prediction_for_each_row(self, tuned):
+        stage = tuned.stages[0]
         found = predictions(stage)
         assert [row["index"] for row in found] == list(range(6))
         assert found[0].keys() >= {"prompt", "gold", "prediction", "scores"}
@@ -136,36 +134,34 @@ class TestEvaluate:
         assert (line["name"], line["passed"], line["tolerance"]) == ("perplexity as stated", False, "< 1.5")
         assert run(recipe(place, text.replace("BOUND", "< 1.0e9"), name="met")).passed
 
-    def test_says_what_tuning_changed(self, place):
-        stages = run(recipe(place, EVALUATE, TUNE, EVALUATE)).stages
-        lines = {check["name"]: check for check in stages[2].manifest.checks if check["when"] == "end"}
+    def test_says_what_tuning_changed(self, tuned):
+        before, _, after = tuned.stages
+        lines = {check["name"]: check for check in after.manifest.checks if check["when"] == "end"}
         line = lines["perplexity not worse than before"]
-        assert line["tolerance"] == stages[0].manifest.metrics["perplexity"]["value"]
-        assert line["value"] == stages[2].manifest.metrics["perplexity"]["value"] < line["tolerance"]
+        assert line["tolerance"] == before.manifest.metrics["perplexity"]["value"]
+        assert line["value"] == after.manifest.metrics["perplexity"]["value"] < line["tolerance"]
         assert line["passed"]
 
 
-class TestExport:
-    def test_a_merged_model_stands_alone_and_is_what_later_stages_see(self, place):
-        result = run(recipe(place, TUNE, "export: {dtype: bfloat16}", EVALUATE))
-        exported = result.stages[1]
-        model = AutoModelForCausalLM.from_pretrained(exported.artefact, dtype="auto")
-        assert model.dtype == torch.bfloat16
-        assert result.artefact == exported.artefact
-        assert {check["when"] for check in exported.manifest.checks} >= {"merge", "export"}
-        assert exported.manifest.details["merged"]
-
-    def test_an_adapter_stays_one(self, place):
-        result = run(recipe(place, TUNE, "export: {format: adapter}"))
-        assert (result.artefact / "adapter_model.safetensors").is_file()
-        assert result.artefact.name == "adapter"
+def test_exports_stand_alone_and_are_what_later_stages_read(place):
+    """An adapter is merged, the merged model is tuned again, and that adapter is exported as one."""
+    chain = (TUNE, "export: {dtype: bfloat16}", TUNE, "export: {format: adapter}")
+    result = run(recipe(place, *chain, name="chain"))
+    merged, adapter = result.stages[1], result.stages[3]
+    assert AutoModelForCausalLM.from_pretrained(merged.artefact, dtype="auto").dtype == torch.bfloat16
+    assert {check["when"] for check in merged.manifest.checks} >= {"merge", "export"}
+    assert merged.manifest.details["merged"]
+    assert result.artefact == adapter.artefact == adapter.folder / "adapter"
+    base = json.loads((adapter.artefact / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(merged.artefact)
+    assert weights(adapter) == weights(result.stages[2])
 
 
 def test_classes_are_counted_in_the_data(place):
     write_rows(place / "labels.jsonl", [{"text": f"t {i}", "label": "abc"[i % 3]} for i in range(12)])
     stage = "tune: {data: labels.jsonl, method: METHOD, objective: classification, training: {max_steps: 2}}"
     evaluate = "evaluate: {data: labels.jsonl, metrics: [accuracy]}"
-    result = run(recipe(place, evaluate, stage, evaluate))
+    result = run(recipe(place, evaluate, stage, evaluate, name="classes"))
     model, _ = luthier.load(result.artefact, task="classification")
     assert model.config.num_labels == 3
     assert result.metrics["accuracy"]["n"] == 12

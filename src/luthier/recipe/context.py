@@ -75,7 +75,7 @@ class Models:
     def lend(self, state: State) -> tuple[Any, PreTrainedTokenizerBase]:
         """As `get`, for a stage that changes the model; it is used again only after `settle`."""
         model, tokenizer = self.get(state)
-        self._model, self._state = None, None
+        self._model = self._state = None
         return model, tokenizer
 
     def settle(self, model: Any, tokenizer: PreTrainedTokenizerBase, state: State) -> None:
@@ -91,8 +91,9 @@ class Models:
 
     def drop(self) -> None:
         """Forget the model, and give its memory back."""
-        self._model = self._tokenizer = self._state = self._base = None
-        release_memory()
+        if self._model is not None:
+            self._model = self._tokenizer = self._state = self._base = None
+            release_memory()
 
     def _load(self, state: State) -> None:
         self.drop()

@@ -8,7 +8,9 @@ import sys
 import pytest
 import tiny
 from recipe_bench import RECIPE, plan
+from typer.testing import CliRunner
 
+from luthier.cli.main import app
 from luthier.errors import RecipeError, ResourceError, TrainingError
 from luthier.models.saving import save
 from luthier.recipe import runner
@@ -205,3 +207,37 @@ def test_runner_is_what_the_package_offers():
     import luthier
 
     assert luthier.run is runner.run
+
+
+class TestCommandLine:
+    def luthier(self, bench, *words):
+        return CliRunner().invoke(
+            app, ["run", str(bench.folder / "recipe.yaml"), *words], env={"COLUMNS": "200"}
+        )
+
+    def test_shows_the_stages_and_what_came_out(self, bench, monkeypatch):
+        monkeypatch.setattr("luthier.cli.plan.show", lambda plan, console: console.print("the plan"))
+        result = self.luthier(bench)
+        assert result.exit_code == 0, result.output
+        for text in ("the plan", *ALL, "perplexity 2", "02-out/model", "report.html"):
+            assert text in result.output
+        assert "unchanged" in self.luthier(bench).output
+        self.luthier(bench, "--from", "after")
+        assert bench.ran[3:] == ["03-after"]
+
+    def test_status_1_when_a_stated_figure_was_missed(self, bench, monkeypatch):
+        monkeypatch.setattr("luthier.cli.plan.show", lambda plan, console: None)
+        bench.missed = True
+        result = self.luthier(bench)
+        assert result.exit_code == 1
+        assert "seen: 1 (held to 2)" in result.output
+        assert record(bench)["status"] == "done"
+
+    def test_an_unwritable_folder_is_one_paragraph_and_status_2(self, bench):
+        bench.output.write_text("")
+        words = [sys.executable, "-m", "luthier.cli.main", "run", str(bench.folder / "recipe.yaml")]
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: Cannot make the folder")
+        assert "Traceback" not in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1

@@ -37,8 +37,7 @@ def run_tasks(
 
     Args:
         model: causal or seq2seq model, with an adapter or without.
-        tasks: names, or YAML files of the harness's format. Paths in a file are relative to the working
-            directory.
+        tasks: names, or YAML files of the harness; paths in a file are relative to the working directory.
         fewshot: examples in the prompt; by default as the task says.
         limit: use the first so many rows of each task only.
         chat: render prompts with the chat template.
@@ -56,7 +55,7 @@ def run_tasks(
             f"The lm-evaluation-harness is not installed ({error}).",
             fix="Run `pip install 'luthier[lm-eval]'`.",
         ) from error
-    files = [str(task) for task in tasks if str(task).endswith((".yaml", ".yml"))]
+    files = [name for name in map(str, tasks) if name.endswith((".yaml", ".yml"))]
     # Reading the harness's own thousands of tasks takes seconds: only where one of them is asked for.
     manager = TaskManager(include_defaults=len(files) < len(tasks))
     _require_tasks(tasks, files, manager)

@@ -6,7 +6,8 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -42,6 +43,8 @@ class StepOneProof(TrainerCallback):
     def __init__(self, expected_memory: int | None = None):
         self.expected_memory = expected_memory
         self._frozen: dict[str, int] = {}
+        self._seen: dict[str, float] = {}
+        self._watches: list[Any] = []
         self._memory: PeakMemory | None = None
         self._due = False
 
@@ -49,6 +52,8 @@ class StepOneProof(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._due = True
+        if not (args.fp16 or args.deepspeed or args.fsdp):
+            self._watch(kwargs["model"])
         # Sharded weights are not whole in one process.
         self._frozen = {} if args.fsdp or args.deepspeed else frozen_bits(kwargs["model"])
         self._memory = PeakMemory()
@@ -59,13 +64,14 @@ class StepOneProof(TrainerCallback):
     ) -> None:
         # Under a gradient scaler the first steps may overflow by design; sharded gradients are not whole.
         if self._due and not (args.fp16 or args.deepspeed or args.fsdp):
-            prove_gradients(kwargs["model"])
+            prove_gradients(kwargs["model"], self._seen)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._due:
             self._due = False
+            self._unwatch()
             self._prove_frozen(kwargs["model"], "step1")
             self._prove_memory()
 
@@ -81,19 +87,38 @@ class StepOneProof(TrainerCallback):
             self._memory.__exit__()
             self._memory = None
         self._frozen = {}
+        self._unwatch()
+
+    def _watch(self, model: nn.Module) -> None:
+        """Note each gradient's largest entry as it comes: a fused backward frees them before the step."""
+
+        def note(name: str, parameter: nn.Parameter) -> None:
+            assert parameter.grad is not None
+            self._seen[name] = parameter.grad.detach().abs().max().item()
+
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and parameter.numel():
+                self._watches.append(parameter.register_post_accumulate_grad_hook(partial(note, name)))
+
+    def _unwatch(self) -> None:
+        for handle in self._watches:
+            handle.remove()
+        self._watches, self._seen = [], {}
 
     def _prove_frozen(self, model: nn.Module, when: checks.When) -> None:
         if not self._frozen:
             return
-        now = frozen_bits(model, self._frozen)
-        moved = [name for name, bits in self._frozen.items() if bits != now[name]]
+        # What a method opened meanwhile (gradual unfreezing) may move.
+        still = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        now = frozen_bits(model, still & set(self._frozen))
+        moved = [name for name, bits in now.items() if bits != self._frozen[name]]
         checks.record(
             when,
             "frozen weights unchanged",
             not moved,
             len(moved),
             0,
-            f"of {len(self._frozen)}" + (f", such as {moved[0]}" if moved else ""),
+            f"of {len(now)}" + (f", such as {moved[0]}" if moved else ""),
             fix="Something other than the optimiser writes into them; report this as a fault of the method.",
         )
 
@@ -119,11 +144,14 @@ def frozen_bits(model: nn.Module, names: Collection[str] | None = None) -> dict[
     }
 
 
-def prove_gradients(model: nn.Module) -> None:
+def prove_gradients(model: nn.Module, seen: Mapping[str, float] | None = None) -> None:
     """Finite gradients everywhere, and one that is not zero in every module that learns.
 
     A module is a tuner's layer or the owner of a parameter: of a LoRA pair one half starts at zero, so the
     other half's first gradient is zero. Experts that no token was sent to have none.
+
+    Args:
+        seen: the largest entry of gradients that are freed already, by the parameter's name.
 
     Raises:
         CheckError: a gradient is not finite, or a module gets none.
@@ -135,7 +163,8 @@ def prove_gradients(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        size = 0.0 if parameter.grad is None else parameter.grad.detach().abs().max().item()
+        gradient = parameter.grad
+        size = (seen or {}).get(name, 0.0) if gradient is None else gradient.detach().abs().max().item()
         if not math.isfinite(size):
             infinite.append(name)
         owner = _owner(name, layers)

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from luthier.errors import MethodError
+from luthier.errors import MethodError, TrainingError
 from luthier.options import option
 from luthier.tuning import groups
 from luthier.tuning.subset import Subset
@@ -86,6 +86,11 @@ def _stepper(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter:
     alone.param_groups = [{**group, "params": [parameter]}]
 
     def step(p: nn.Parameter) -> None:
+        if not torch.isfinite(p.grad).all():
+            raise TrainingError(
+                f"A gradient of shape {tuple(p.shape)} is not finite; weights above it took this step up.",
+                fix="Go on from the last checkpoint with a lower learning_rate, or train in float32.",
+            )
         alone.param_groups[0].update(
             {k: v for k, v in group.items() if k != "params"}
         )  # the scheduler's rate

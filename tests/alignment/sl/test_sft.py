@@ -1,48 +1,79 @@
-"""SFT: the loss is one mean over the trained tokens of the batch; packing and accumulation change nothing."""
+"""SFT trains the tokens it says it trains, and lowers their loss."""
+
+import json
 
 import pytest
-import sft_problems as problems
 import tiny
 import torch
+from sft_problems import ARGUMENTS, lora, losses
 from torch.nn import functional as F
 
+import luthier.alignment.trainer
+from luthier.alignment.sl import sft
+from luthier.data.load import load
+from luthier.data.tokenize import encode
+from luthier.errors import DataError
 
-def first_loss(folder, **options):
-    trainer = problems.sft(tiny.llama(), folder, max_steps=1, **options)
+CHAT = [
+    [
+        {"role": "user", "content": f"Count to {i}."}, {"role": "assistant", "content": "1 2 3"},
+        {"role": "user", "content": "Again."}, {"role": "assistant", "content": "So be it."},
+    ]
+    for i in range(8)
+]  # fmt: skip
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in CHAT))
+    return path
+
+
+def make(path, folder, config=None, **options):
+    return luthier.alignment.trainer.trainer(
+        config or sft.Config(), tiny.llama(), path, method=lora(), tokenizer=tiny.tokenizer(),
+        args={**ARGUMENTS, "output_dir": str(folder), **options},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("train_on", ["assistant_all", "assistant_last", "all"])
+def test_the_first_loss_is_that_of_the_declared_tokens(path, tmp_path, train_on):
+    config = sft.Config(train_on=train_on)
+    trainer = make(path, tmp_path, config, per_device_train_batch_size=8, max_steps=1)
     trainer.train()
-    return problems.losses(trainer)[0]
-
-
-def test_loss_is_the_mean_over_trained_tokens(tmp_path):
-    data = problems.rows(2)
-    model = tiny.llama()
-    total, count = 0.0, 0
+    data = encode(load(path), tiny.tokenizer(), max_length=1024, train_on=train_on).dataset
+    model, total, count = tiny.llama(), 0.0, 0
     for row in data:
-        ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
-        with torch.no_grad():
-            logits = model(ids[None]).logits[0]
-        total += F.cross_entropy(logits[:-1], labels[1:], reduction="sum").item()
-        count += (labels[1:] != -100).sum().item()
-    assert first_loss(tmp_path, data=data) == pytest.approx(total / count, rel=1e-4)
+        logits = model(torch.tensor([row["input_ids"]]), use_cache=False).logits[0, :-1]
+        labels = torch.tensor(row["labels"])[1:]
+        total += F.cross_entropy(logits, labels, reduction="sum").item()
+        count += (labels != -100).sum().item()
+    assert losses(trainer)[0] == pytest.approx(total / count, rel=1e-5)
 
 
-def test_packing_and_accumulation_are_the_same_batch(tmp_path):
-    data = problems.rows(4)
-    plain = first_loss(tmp_path / "a", data=data, per_device_train_batch_size=4, packing=False)
-    packed = first_loss(tmp_path / "b", data=data, per_device_train_batch_size=4, packing=True)
-    parts = first_loss(
-        tmp_path / "c", data=data, per_device_train_batch_size=1, gradient_accumulation_steps=4
-    )
-    assert packed == pytest.approx(plain, abs=1e-4)
-    assert parts == pytest.approx(plain, abs=1e-4)
-
-
-def test_an_adapter_learns_and_its_base_does_not(tmp_path):
-    model = tiny.llama()
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    trainer = problems.sft(model, tmp_path, method=problems.lora(), max_steps=12)
+def test_it_learns(path, tmp_path):
+    trainer = make(path, tmp_path, max_steps=40, learning_rate=3e-2)
     trainer.train()
-    losses = problems.losses(trainer)
-    assert losses[-1] < losses[0]
-    after = {n.replace(".base_layer", ""): p for n, p in model.named_parameters() if "lora_" not in n}
-    assert all(torch.equal(after[n], before[n]) for n in before)
+    assert losses(trainer)[-1] < 0.3 * losses(trainer)[0]
+
+
+def test_held_out_data_are_encoded_the_same_way(path, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"messages": [{"role": "user", "content": "Hm?"}, CHAT[0][1]]}) + "\n")
+    trainer = luthier.alignment.trainer.trainer(
+        sft.Config(), tiny.llama(), path, method=lora(), tokenizer=tiny.tokenizer(), eval_data=other,
+        args={**ARGUMENTS, "output_dir": str(tmp_path), "eval_steps": 3},
+    )  # fmt: skip
+    trainer.train()
+    assert [e["step"] for e in trainer.state.log_history if "eval_loss" in e] == [3, 6]
+
+
+def test_examples_that_lose_all_trained_tokens_are_refused_or_left_out(path, tmp_path):
+    with pytest.raises(DataError, match=r"chat\.jsonl"):
+        make(path, tmp_path, sft.Config(max_length=8))
+    long = tmp_path / "long.jsonl"
+    lines = [{"prompt": "word " * 60, "completion": "no"}, {"prompt": "short", "completion": "yes"}]
+    long.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    trainer = make(long, tmp_path, sft.Config(max_length=40, allow_empty=True))
+    assert len(trainer.train_dataset) == 1

@@ -71,6 +71,8 @@ def kept(name: str, build: Callable[[], tuple[Dataset, dict[str, Any]]]) -> tupl
     if (place / "record.json").is_file():
         return load_from_disk(str(place)), json.loads((place / "record.json").read_text())
     dataset, record = build()
+    if not len(dataset):
+        return dataset, record  # `datasets` saves an empty one and then cannot read it
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{name}-"))

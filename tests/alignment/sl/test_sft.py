@@ -30,9 +30,9 @@ def path(tmp_path):
     return path
 
 
-def make(path, folder, config=None, **options):
+def make(path, folder, config=None, method=None, **options):
     return luthier.alignment.trainer.trainer(
-        config or sft.Config(), tiny.llama(), path, method=lora(), tokenizer=tiny.tokenizer(),
+        config or sft.Config(), tiny.llama(), path, method=method, tokenizer=tiny.tokenizer(),
         args={**ARGUMENTS, "output_dir": str(folder), **options},
     )  # fmt: skip
 
@@ -53,7 +53,7 @@ def test_the_first_loss_is_that_of_the_declared_tokens(path, tmp_path, train_on)
 
 
 def test_it_learns(path, tmp_path):
-    trainer = make(path, tmp_path, max_steps=40, learning_rate=3e-2)
+    trainer = make(path, tmp_path, max_steps=40)
     trainer.train()
     assert losses(trainer)[-1] < 0.3 * losses(trainer)[0]
 

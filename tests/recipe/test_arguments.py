@@ -63,3 +63,9 @@ def test_types_are_checked(name, value, expected):
 
 def test_seq2seq_has_its_own_keys():
     assert training_fault("predict_with_generate", True, "seq2seq", set()) is None
+
+
+def test_defaults_are_those_of_the_class_negative_ones_too():
+    known = training_arguments()
+    assert known["max_steps"].default == -1
+    assert known["num_train_epochs"].default == 3.0

@@ -196,8 +196,11 @@ def _metadata(value: ast.expr | None) -> dict[str, Any]:
 def _default(value: ast.expr | None) -> Any:
     """The default where it is a literal, else None."""
     for keyword in value.keywords if isinstance(value, ast.Call) else []:
-        if keyword.arg == "default" and isinstance(keyword.value, ast.Constant):
-            return keyword.value.value
+        if keyword.arg == "default":
+            try:
+                return ast.literal_eval(keyword.value)  # -1 is no constant but an expression
+            except ValueError:
+                return None
     return None
 
 

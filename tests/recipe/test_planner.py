@@ -79,6 +79,21 @@ def test_full_fine_tuning_holds_more_and_writes_more(planned):
     )
 
 
+def test_without_max_steps_the_epochs_count(planned):
+    five = planned("tune.training.max_steps=-1", "tune.training.num_train_epochs=1").stages[1]
+    assert five.detail.startswith("5 steps of 8 x")  # 40 rows in batches of 8
+    by_default = planned("tune.training={per_device_train_batch_size: 8}").stages[1]
+    assert by_default.detail.startswith("15 steps of 8 x")
+
+
+def test_long_texts_are_measured_by_windows(planned, folder):
+    (folder / "long.txt").write_text("A long text. " * 20_000)
+    found = planned(
+        "evaluate={data: long.txt, metrics: [perplexity]}".replace("evaluate=", "stages.0.evaluate=")
+    )
+    assert found.stages[0].memory.activations < 100e6
+
+
 def test_time_follows_the_steps(planned):
     ten, twenty = planned().stages[1].seconds, planned("tune.training.max_steps=20").stages[1].seconds
     assert twenty == pytest.approx(2 * ten, rel=0.01)

@@ -46,12 +46,16 @@ def show(plan: "Plan", console: "Console") -> None:
 
     from luthier.resources import show_bytes
 
-    table = Table("stage", "trains", "of", "peak memory", "time", "disk", "", box=None, header_style="dim")
+    table = Table(box=None, header_style="dim")
+    for title in ("stage", "trains", "memory", "time", "disk"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("")
     for number, stage in enumerate(plan.stages, 1):
         table.add_row(
             f"{number:02}-{stage.name}",
-            f"{stage.trainable:,}" if stage.trainable is not None else "",
-            f"{stage.total:,}" if stage.total is not None else "",
+            ""
+            if stage.trainable is None
+            else f"{stage.trainable:,} ({_share(stage.trainable, stage.total)})",
             show_bytes(stage.memory.total),
             _duration(stage.seconds),
             show_bytes(stage.disk_bytes),
@@ -63,6 +67,11 @@ def show(plan: "Plan", console: "Console") -> None:
     console.print(f"[dim]{plan.placement}[/]", highlight=False)
     if plan.fits:
         console.print(plan.verdict, highlight=False)
+
+
+def _share(part: int, whole: int | None) -> str:
+    share = 100 * part / (whole or part)
+    return f"{share:.2g}%" if share < 99.5 else "100%"
 
 
 def _duration(seconds: float) -> str:

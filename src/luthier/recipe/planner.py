@@ -16,11 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, ModelError
 from luthier.evaluation.generation import MAX_NEW_TOKENS
 from luthier.evaluation.likelihood import BLOCK
 from luthier.evaluation.names import METRICS
-from luthier.models import sources
+from luthier.evaluation.perplexity import WINDOW
+from luthier.models import sources, structure
 from luthier.models.placement import Placement, place
 from luthier.recipe import footprint, machine
 from luthier.recipe.arguments import training_arguments
@@ -200,11 +201,17 @@ class _Base:
         if found is None:
             from transformers import AutoConfig
 
-            found = AutoConfig.from_pretrained(
-                self.source.hub_id,
-                revision=self.recipe.model.revision,
-                trust_remote_code=self.recipe.model.trust_remote_code,
-            ).to_dict()
+            try:
+                found = AutoConfig.from_pretrained(
+                    self.source.hub_id,
+                    revision=self.recipe.model.revision,
+                    trust_remote_code=self.recipe.model.trust_remote_code,
+                ).to_dict()
+            except (OSError, ValueError) as error:
+                raise ModelError(
+                    f"The config of model '{self.source.name}' cannot be fetched: {error}",
+                    fix="Check the name and the connection, or name a model that is on this machine.",
+                ) from error
         return found
 
     def placement(self, *, train: bool) -> Placement:
@@ -338,36 +345,42 @@ def _evaluate(base: _Base, stage: EvaluateStage, tuned: TuneStage | None) -> Sta
     parameters = sum(p.numel() for p in model.parameters())
     data = base.amount(stage)
     count = min(len(data), stage.samples or len(data))
+    rows = min(stage.batch_size, count)
+    longest = data.quantile(1)
     size = placement.dtype.itemsize
-    vocab, blocks = model.config.vocab_size, base.config.get("num_hidden_layers", 0)
     speed = machine.product_speed(placement.dtype, placement.device)
-    logits = cache = 0
+    # Every row goes through the model once for each kind of metric.
+    once = 2 * parameters * count * data.tokens / len(data) / speed
     seconds = 0.0
-    if "perplexity" in stage.metrics:
-        logits = BLOCK * vocab * 8  # in float32, with their logarithms
-        seconds += 2 * parameters * count * data.tokens / len(data) / speed
+    held = logits = 0
+    if any(not METRICS[name].generates for name in stage.metrics):
+        window = min(longest, WINDOW)
+        at_once = min(stage.batch_size, -(-count * longest // window))  # windows of long texts are rows
+        held = at_once * window * _width(model.config) * size
+        logits = BLOCK * model.config.vocab_size * 8 if "perplexity" in stage.metrics else 0
+        seconds += once
     if any(METRICS[name].generates for name in stage.metrics):
         new = stage.generation.get("max_new_tokens") or MAX_NEW_TOKENS
-        rows = min(stage.batch_size, count)
-        cache = _cache_bytes(model.config, rows * (data.quantile(1) + new), size)
-        turns = -(-count // rows) * new
-        token = (
-            max(weights / machine.bandwidth(placement.device), 2 * parameters * rows / speed)
-            + blocks * machine.TOKEN_OVERHEAD
-        )
-        seconds += turns * token + 2 * parameters * count * data.tokens / len(data) / speed
-    if base.recipe.model.task == "classification":
-        seconds += 2 * parameters * count * data.tokens / len(data) / speed
-    activations = cache + stage.batch_size * data.quantile(1) * model.config.hidden_size * 16 * size
+        prompts = rows * longest * _width(model.config) * size
+        held = max(held, prompts) + _cache_bytes(model.config, rows * (longest + new), size)
+        token = max(weights / machine.bandwidth(placement.device), 2 * parameters * rows / speed)
+        token += len(structure.blocks(model)) * machine.TOKEN_OVERHEAD
+        seconds += once + -(-count // rows) * new * token
     return StagePlan(
         stage.name,
         stage.kind,
-        Memory(weights=weights, activations=activations, logits=logits, runtime=machine.RUNTIME),
+        Memory(weights=weights, activations=held, logits=logits, runtime=machine.RUNTIME),
         total=parameters,
         seconds=seconds,
         disk_bytes=count * 4096,
         detail=f"{count} rows, {', '.join(stage.metrics)}",
     )
+
+
+def _width(config: Any) -> int:
+    """Numbers that a block holds for a token: its states, queries to values, the wide middle."""
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return 6 * config.hidden_size + 3 * wide
 
 
 def _cache_bytes(config: Any, tokens: int, size: int) -> int:

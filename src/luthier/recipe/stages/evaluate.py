@@ -35,7 +35,8 @@ def run(stage: EvaluateStage, context: Context) -> StageResult:
     metrics = {name: dataclasses.asdict(metric) for name, metric in found.metrics.items()}
     _compare_with_stated(stage, metrics)
     _compare_with_before(stage, metrics, context)
-    return StageResult(metrics=metrics, details={"seed": SEED, "predictions": len(found.predictions)})
+    details = {"seed": SEED, "predictions": len(found.predictions), **found.details}
+    return StageResult(metrics=metrics, details=details)
 
 
 def _compare_with_stated(stage: EvaluateStage, metrics: dict[str, Any]) -> None:

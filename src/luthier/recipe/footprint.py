@@ -50,6 +50,7 @@ class Step:
         gradients: all gradients of the weights that learn.
         logits: a block of logits and what the head's gradient needs; nothing where `kept` has the whole loss.
         operations: floating-point operations of the step's matrix products and attention.
+        written: bytes of all tensors that are made in the step, kept or not.
     """
 
     kept: int
@@ -57,6 +58,7 @@ class Step:
     gradients: int
     logits: int
     operations: float
+    written: int
 
 
 def skeleton(
@@ -140,13 +142,15 @@ def simulate(
             if out.requires_grad:  # with a head alone there is nothing below it
                 out.backward(torch.ones_like(out))
             peak = ledger.peak - at_rest
+            written = ledger.made - at_rest
     operations = counter.get_total_flops()
     if not causal:
-        return Step(kept, peak, gradients, 0, operations)
+        return Step(kept, peak, gradients, 0, operations, written)
     head = inner.get_output_embeddings().weight  # (vocab, hidden)
     # Logits, the gradient of the rows, and the head's own where it learns.
     operations += 2 * labelled * head.numel() * (3 if head.requires_grad else 2)
-    return Step(kept, peak, gradients, _logits_bytes(head, labelled, placement), operations)
+    written += labelled * head.shape[0] * 4
+    return Step(kept, peak, gradients, _logits_bytes(head, labelled, placement), operations, written)
 
 
 def _labels(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -189,6 +193,7 @@ class _Ledger(TorchDispatchMode):
         super().__init__()
         self.now = 0
         self.peak = 0
+        self.made = 0
         self._live: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -204,6 +209,7 @@ class _Ledger(TorchDispatchMode):
         if key not in self._live:
             self._live.add(key)
             self.now += size
+            self.made += size
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._drop, key, size)
 

@@ -1,5 +1,6 @@
 """What this machine has free and how fast it multiplies, measured in a fraction of a second."""
 
+import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -9,9 +10,14 @@ import torch
 
 from luthier.models.placement import Placement
 
-# Of the speed of large products, the share that a whole training step reaches: attention, norms and the
-# optimizer move memory and multiply little (measured, see `benchmarks/memory_estimate.py`).
-STEP_SHARE = 0.6
+# The C library keeps holes between tensors that it cannot use again: resident memory over the tensors' own
+# (measured on Linux with glibc, see `benchmarks/memory_estimate.py`; a GPU's allocator keeps next to none).
+HOLES = 1.4
+# A step is paced by its matrix products and by the memory that all else moves: attention, norms, sums. Passes
+# over the memory of each tensor that is made.
+PASSES = 6
+# Seconds before the first step: loading, encoding, proofs.
+START = 5.0
 # Seconds that a block takes for a generated token beside reading its weights: Python, small operations.
 TOKEN_OVERHEAD = 6e-4
 # Bytes that the process holds with all libraries loaded and no model.
@@ -67,6 +73,11 @@ def bandwidth(device: str) -> float:
     return source.nbytes / best
 
 
-def training_speed(placement: Placement) -> float:
-    """Floating-point operations per second of a training step."""
-    return STEP_SHARE * product_speed(placement.autocast or placement.dtype, placement.device)
+def step_seconds(operations: float, written: float, placement: Placement) -> float:
+    """Seconds of a training step that multiplies so much and makes tensors of so many bytes."""
+    products = operations / product_speed(placement.autocast or placement.dtype, placement.device)
+    return products + PASSES * written / bandwidth(placement.device)
+
+
+def holes(device: str) -> float:
+    return HOLES if device == "cpu" and sys.platform == "linux" else 1.05

@@ -266,19 +266,21 @@ def _tune(base: _Base, stage: TuneStage) -> StagePlan:
         gradients=step.gradients,
         optimizer=state,
         # Gradients come while activations go: what the pass holds at its peak is not on top of all of them.
-        activations=max(0, step.peak - step.gradients),
+        activations=int(machine.holes(placement.device) * max(0, step.peak - step.gradients)),
         logits=step.logits,
         runtime=machine.RUNTIME,
     )
     artefact = added or weights
     accumulation = _argument(stage, "gradient_accumulation_steps")
+    forward_backward = machine.step_seconds(step.operations, step.written, placement)
+    update = 2 * (step.gradients * 2 + state) / machine.bandwidth(placement.device)
     return StagePlan(
         stage.name,
         stage.kind,
         memory,
         trainable,
         total,
-        seconds=batch.steps * accumulation * batch.fill * step.operations / machine.training_speed(placement),
+        seconds=machine.START + batch.steps * (accumulation * batch.fill * forward_backward + update),
         disk_bytes=artefact + _checkpoints(stage, artefact, state),
         artefact_bytes=artefact,
         detail=f"{batch.steps} steps of {batch.rows * accumulation} x {batch.fill * batch.length:.0f} tokens",

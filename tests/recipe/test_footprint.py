@@ -7,6 +7,7 @@ import tiny
 import torch
 
 import luthier
+from luthier.errors import MethodError
 from luthier.models.placement import Placement
 from luthier.recipe import footprint
 from luthier.tuning.attach import attach, trainable
@@ -52,6 +53,12 @@ def test_other_architectures_are_planned_alike(kind, task, methods):
         assert trainable(planned) == trainable(attach(model, method))
         step = footprint.simulate(planned, 2, 8, FP32, labelled=16)
         assert 0 < step.kept <= step.peak
+
+
+def test_a_target_that_matches_nothing_is_refused_before_anything_is_loaded():
+    skeleton = footprint.skeleton(config_of(tiny.llama()), "causal", FP32, None)
+    with pytest.raises(MethodError, match=r"vproj.*v_proj"):
+        footprint.attach(skeleton, luthier.method("lora")(target_modules=["q_proj", "vproj"]))
 
 
 def kept_for_backward(model, rows, length):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from luthier.errors import ModelError, did_you_mean
+from luthier.errors import ModelError, did_you_mean, nearest
 from luthier.models import gguf
 
 Kind = Literal["alias", "folder", "gguf", "adapter", "run", "hub"]
@@ -227,7 +227,8 @@ def _beside(path: Path) -> str:
     if not path.parent.is_dir():
         return f"The folder {path.parent} does not exist either."
     names = [p.name for p in path.parent.iterdir() if not p.name.startswith(".")]
-    return did_you_mean(path.name, names[:200]) if names else f"The folder {path.parent} is empty."
+    close = nearest(path.name, names)
+    return did_you_mean(path.name, close) if close else f"Nothing in {path.parent} has a like name."
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,13 +25,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
-from transformers.pytorch_utils import Conv1D
 
+from luthier import checks
 from luthier.acceleration.fused_lora import fuse
 from luthier.acceleration.losses import BLOCK, CACHE_ROWS
 from luthier.models import structure
 from luthier.models.placement import Placement
-from luthier.tuning.attach import task_type
+from luthier.tuning.attach import adapt
 
 CLASSES: dict[str, Any] = {
     "causal": AutoModelForCausalLM,
@@ -78,17 +78,16 @@ def skeleton(
 def attach(model: PreTrainedModel, method: Any) -> nn.Module:
     """The skeleton with a tuning method on it: what learns is exactly what learns in training.
 
-    The proofs of `luthier.tuning.attach` need numbers; they are made when the stage runs.
+    Raises:
+        MethodError: a pattern matches nothing, or the method cannot be put on this model.
     """
     method = copy.deepcopy(method)
     if not isinstance(method, PeftConfig):
         return method.apply(model)
-    method.task_type = method.task_type or task_type(model)
     if hasattr(method, "init_lora_weights"):
         method.init_lora_weights = False  # some initialisations factorise the weights, which are not there
-    if getattr(method, "fan_in_fan_out", None) is False:
-        method.fan_in_fan_out = any(isinstance(m, Conv1D) for m in structure.linears(model).values())
-    return get_peft_model(model, method, low_cpu_mem_usage=True)
+    with checks.collect():
+        return adapt(model, method)
 
 
 def sizes(model: nn.Module) -> tuple[int, int, int]:

@@ -53,7 +53,7 @@ def attach(model: nn.Module, config: Any) -> nn.Module:
     config = copy.deepcopy(config)
     before = probe_logits(model)
     if isinstance(config, PeftConfig):
-        model = _attach_adapter(model, config)
+        model = adapt(model, config)
         exact = not config.is_prompt_learning
     elif hasattr(config, "apply"):
         model = config.apply(model)
@@ -96,7 +96,12 @@ def table(model: nn.Module) -> list[tuple[str, int, int]]:
     return [(name, learns, total) for name, (learns, total) in rows.items() if learns]
 
 
-def _attach_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
+def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """`attach` for a PEFT config without the proofs that need numbers: also for a model on the meta device.
+
+    Raises:
+        MethodError: a pattern matches nothing, or the method cannot be put on this model.
+    """
     _check_options(model, config)
     total = sum(p.numel() for p in model.parameters())
     if config.task_type is None:

@@ -91,13 +91,13 @@ def attach(model: PreTrainedModel, method: Any) -> nn.Module:
 
 
 def sizes(model: nn.Module) -> tuple[int, int, int]:
-    """Bytes of the base's weights and buffers, of what the method adds, and of what learns."""
+    """Bytes of the base's weights, of what the method adds, and of what learns."""
     base = added = learns = 0
     adapter = structure.base(model) is not model
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         size = parameter.numel() * parameter.element_size()
         learns += size if parameter.requires_grad else 0
-        if adapter and parameter.requires_grad and not name.endswith(".original_module.weight"):
+        if adapter and parameter.requires_grad:
             added += size
         else:
             base += size

@@ -22,10 +22,13 @@ def test_the_same_seed_gives_the_same_files_and_more_rows_add_to_fewer(tmp_path)
     assert other.read_text() != train.read_text()
 
 
-def test_train_and_test_share_no_template_and_no_mail():
+def test_train_and_test_share_no_template_no_mail_and_no_brand():
     train, test = some("train"), some("test")
-    assert not {f for t in train for f in t.frames} & {f for t in test for f in t.frames}
+    assert not {t.frames for t in train} & {t.frames for t in test}
     assert not {t.mail for t in train} & {t.mail for t in test}
+    assert not set(tickets.brands("train")) & set(tickets.brands("test"))
+    for ticket in test:
+        assert not any(f"{brand} " in ticket.mail for brand in tickets.brands("train"))
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

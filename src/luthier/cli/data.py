@@ -227,7 +227,7 @@ def _print_faults(console: Console, found: "Survey") -> None:
 def tickets(
     out: Annotated[Path, typer.Argument(help="Folder to write train.jsonl and test.jsonl into.")],
     seed: Annotated[int, typer.Option(help="Seed of the generator.")] = 0,
-    train: Annotated[int, typer.Option(min=1, help="Training mails.")] = 1500,
+    train: Annotated[int, typer.Option(min=1, help="Training mails.")] = 1000,
     test: Annotated[int, typer.Option(min=1, help="Test mails.")] = 100,
 ) -> None:
     """Write the support tickets of the quickstart: mails and the records that they hold."""

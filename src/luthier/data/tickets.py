@@ -3,13 +3,15 @@
 A customer of a web shop writes about one purchase; the record says what the shop's software needs to know.
 A mail is put together from frames (sentence templates): subject, problem, order and date, distractors
 (numbers, dates and products that are not the ones asked for), urgency, request, signature, quoted reply. The
-frames and the brands of test mails never occur in training mails (every fourth of each pool is kept for the
-test), so the test measures reading, not recall. `docs/tickets.md` describes the labels and the generator.
+frames of a mail in their order are its template. A template belongs either to the training or to the test
+mails, and so does a brand: no test mail is a training mail with other words in its slots.
+`docs/tickets.md` describes the labels and the generator.
 """
 
 import json
 import random
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date, timedelta
@@ -30,7 +32,7 @@ INSTRUCTION = f"Turn this mail into JSON with {', '.join(FIELDS[:-1])} and {FIEL
 # How often a field is not in the mail; its value is then null (urgency: normal).
 ABSENT = {"product": 0.07, "order": 0.15, "date": 0.2, "action": 0.12, "urgency": 0.4}
 
-# A frame is text with {slots} and [choices|of|wording]. Every fourth frame of a pool is for the test.
+# A frame is text with {slots} and [choices|of|wording].
 
 _PROBLEMS: dict[str, Sequence[str]] = {
     "delivery": (
@@ -326,7 +328,7 @@ _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 
 @dataclass(frozen=True)
 class Ticket:
-    """A mail, the record that it holds, and the frames that it was made of."""
+    """A mail, the record that it holds, and its template: the frames that it was made of, in order."""
 
     mail: str
     record: dict[str, Any]
@@ -338,7 +340,7 @@ class Ticket:
         return {"prompt": f"{INSTRUCTION}\n\n{self.mail}", "completion": answer}
 
 
-def write(folder: str | Path, seed: int = 0, train: int = 1500, test: int = 100) -> tuple[Path, Path]:
+def write(folder: str | Path, seed: int = 0, train: int = 1000, test: int = 100) -> tuple[Path, Path]:
     """Write train.jsonl and test.jsonl, rows of {prompt, completion}; returns their paths.
 
     The same seed gives the same files on every machine, and more rows only add to fewer.
@@ -363,20 +365,25 @@ def write(folder: str | Path, seed: int = 0, train: int = 1500, test: int = 100)
 
 
 def tickets(split: Split, count: int, seed: int = 0) -> Iterator[Ticket]:
-    """`count` different tickets of a split."""
+    """`count` different tickets whose templates and brands belong to a split."""
     seen: set[str] = set()
     index = 0
     while len(seen) < count:
         ticket = _Writer(random.Random(f"tickets/{seed}/{split}/{index}"), split).ticket()
         index += 1
-        if ticket.mail not in seen:
+        if split_of(ticket.frames) == split and ticket.mail not in seen:
             seen.add(ticket.mail)
             yield ticket
 
 
-def pool(entries: Sequence[str], split: Split) -> list[str]:
-    """The entries of a pool that belong to a split: every fourth to the test, the others to training."""
-    return [entry for i, entry in enumerate(entries) if (i % 4 == 3) == (split == "test")]
+def split_of(frames: tuple[str, ...]) -> Split:
+    """The split that a template (the frames of a mail in order) belongs to: one in four is for the test."""
+    return "test" if zlib.crc32("\n".join(frames).encode()) % 4 == 3 else "train"
+
+
+def brands(split: Split) -> list[str]:
+    """Every fourth brand is for the test, the others for training."""
+    return [brand for i, brand in enumerate(_BRANDS) if (i % 4 == 3) == (split == "test")]
 
 
 @dataclass
@@ -455,14 +462,14 @@ class _Writer:
         return facts
 
     def _subject(self, record: dict[str, Any]) -> str | None:
-        frame = self.rng.choice(pool(_SUBJECTS, self.split))
+        frame = self.rng.choice(_SUBJECTS)
         if ("{product}" in frame and not record["product"]) or ("{order}" in frame and not record["order"]):
             return None
         self.frames.append(frame)
         return frame
 
     def _pick(self, entries: Sequence[str]) -> str:
-        frame = self.rng.choice(pool(entries, self.split))
+        frame = self.rng.choice(entries)
         if frame:
             self.frames.append(frame)
         return frame
@@ -473,7 +480,7 @@ class _Writer:
 
     def _product(self) -> str:
         rng = self.rng
-        brand = rng.choice(pool(_BRANDS, self.split))
+        brand = rng.choice(brands(self.split))
         model = rng.choice(_MODELS).format(n=rng.randrange(2, 10))
         return " ".join(part for part in (brand, model, rng.choice(_KINDS)) if part)
 

@@ -31,12 +31,16 @@ from luthier.tuning.attach import tuning_of
 log = logging.getLogger("luthier.alignment")
 
 Packing = bool | Literal["auto", "rows"]
+# Rows of the batches are filled up to a multiple. torch's CPU kernels (oneDNN) build code for every new shape
+# and keep it: with batches of all lengths that takes more time than the filling, and gigabytes of memory.
+ROUND = 64
 
 
 class FlatCollator(PackedCollator):
     """The examples of a batch one after another in one row: {input_ids, labels, position_ids} (1, seq).
 
-    The batch is the one that padding would make, with the same gradient, and nothing is filled up.
+    The batch is the one that padding would make, with the same gradient. `content` counts its tokens without
+    the filling up to `ROUND`.
     """
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -45,7 +49,7 @@ class FlatCollator(PackedCollator):
             row["input_ids"] += example["input_ids"]
             row["labels"] += [-100, *example["labels"][1:]]  # nothing predicts a document's first token
             row["position_ids"] += range(len(example["input_ids"]))
-        return super().__call__([row])
+        return {**super().__call__([row]), "content": len(row["input_ids"])}
 
 
 class RowsCollator(PackedCollator):
@@ -183,7 +187,7 @@ def build(
         dataset = pack(dataset, max_length)
         eval_dataset = None if eval_dataset is None else pack(eval_dataset, max_length)
     elif packed:
-        collator = FlatCollator(pad)
+        collator = FlatCollator(pad, multiple_of=ROUND)
     args.remove_unused_columns = False  # all columns are the collator's; the Trainer would drop positions
     return CausalTrainer(
         model=model,

@@ -66,13 +66,18 @@ class PackedCollator:
 
     The filling at the end of a row is a document of its own, without labels, so that no real token sees it
     and every query has a key. Use the model with `use_cache=False`.
+
+    Args:
+        multiple_of: round the length up to a multiple, so that batches have few different shapes.
     """
 
-    def __init__(self, pad_token_id: int | None = None):
+    def __init__(self, pad_token_id: int | None = None, multiple_of: int = 1):
         self.pad = pad_token_id or 0  # never looked at, so any id will do
+        self.multiple_of = multiple_of
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         longest = max(len(row["input_ids"]) for row in rows)
+        longest += -longest % self.multiple_of
         batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
         for row in rows:
             gap = longest - len(row["input_ids"])

@@ -48,6 +48,17 @@ class TestWhatRuns:
         assert [s.status for s in bench.again().stages] == ["unchanged"] * 3
         assert bench.ran == []
 
+    def test_where_nothing_runs_the_record_keeps_the_plan_of_these_stages(self, bench):
+        bench.again()
+        bench.plan = plan(fits=False)
+        bench.again()
+        bench.again()
+        assert record(bench)["plan"] == {"fits": True}
+        bench.write(RECIPE.rpartition("  - evaluate")[0])  # fewer stages: their numbers would not match
+        bench.again()
+        assert bench.ran == []
+        assert record(bench)["plan"] is None
+
     def test_a_changed_data_file_reruns_what_reads_it(self, bench):
         bench.again()
         (bench.folder / "data.jsonl").write_text('{"text": "two"}\n')

@@ -398,6 +398,7 @@ class _Work:
             log.info("%s is no stage of the recipe any more; moved to superseded/", path.name)
 
     def _open_record(self) -> None:
+        former = read_json(self.folder / "run.json")
         self.record = {
             "name": self.recipe.name,
             "status": "running",
@@ -408,7 +409,7 @@ class _Work:
             "finished": None,
             "error": None,
             "environment": environment() | {"versions": versions()},
-            "plan": self.plan.as_dict() if self.plan is not None else None,
+            "plan": self.plan.as_dict() if self.plan is not None else _former_plan(former, self.recipe),
             "stages": [
                 {"folder": folder.label, "kind": stage.kind, "name": stage.name, "status": "pending"}
                 for folder, stage in zip(self.folders, self.recipe.stages, strict=True)
@@ -436,6 +437,15 @@ class _Work:
 
     def _write_record(self) -> None:
         write_json(self.folder / "run.json", self.record)
+
+
+def _former_plan(record: Any, recipe: Recipe) -> Any:
+    """The plan of the run before, where it is one of the same model and stages: results that stay keep it."""
+    if not isinstance(record, dict) or not isinstance(record.get("recipe"), dict):
+        return None
+    now = recipe.as_dict()
+    same = all(record["recipe"].get(part) == now[part] for part in ("model", "stages"))
+    return record.get("plan") if same else None
 
 
 def _manifest(folder: Path) -> Manifest:

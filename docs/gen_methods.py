@@ -93,8 +93,7 @@ def page(method: Method) -> str:
 def _body(method: Method) -> str:
     """The docstring without its title and its marked paragraphs, which stand above it."""
     paragraphs = method.doc.split("\n\n")
-    marks = ("Paper:", "Pick it when", "Cost:", "Family:")
-    return "\n\n".join(p for p in paragraphs[1:] if not p.startswith(marks))
+    return "\n\n".join(p for p in paragraphs[1:] if not p.startswith(tuple(taxonomy.MARKS)))
 
 
 def _table(options: list[Option]) -> str:

@@ -35,7 +35,7 @@ from luthier.errors import MethodError, did_you_mean, nearest
 from luthier.options import Option, check_options, read_options
 
 BRANCHES = ("tuning", "compression", "alignment", "acceleration")
-_MARKS = {"Paper:": "paper", "Pick it when": "when", "Cost:": "cost", "Family:": "family"}
+MARKS = {"Paper:": "paper", "Pick it when": "when", "Cost:": "cost", "Family:": "family"}
 _root = Path(__file__).parent
 _added: dict[str, "Method"] = {}
 
@@ -234,9 +234,9 @@ def _marked(doc: str) -> dict[str, str]:
     found: dict[str, str] = {}
     current = ""
     for line in doc.splitlines()[1:]:
-        mark = next((m for m in _MARKS if line.startswith(m)), "")
+        mark = next((m for m in MARKS if line.startswith(m)), "")
         if mark:
-            current = _MARKS[mark]
+            current = MARKS[mark]
             found[current] = line.removeprefix(mark).strip()
         elif not line.strip():
             current = ""

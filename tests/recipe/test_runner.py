@@ -164,6 +164,29 @@ class TestWhatStops:
         assert bench.again().stages[2].reason == "it was interrupted"
         assert bench.ran == ["03-after"]
 
+    @pytest.mark.parametrize(
+        ("error", "words"),
+        [
+            (TrainingError("The loss is not finite."), "The run failed in 02-out. The loss is not finite."),
+            (KeyError("tail"), "The run failed in 02-out. KeyError: &#39;tail&#39;"),
+            (KeyboardInterrupt(), "Interrupted in 02-out. It was stopped by hand (Ctrl-C)."),
+        ],
+    )
+    def test_its_page_is_written_too(self, bench, monkeypatch, error, words):
+        monkeypatch.delitem(sys.modules, "luthier.report.report")
+        bench.broken["out"] = error
+        with pytest.raises(type(error)):
+            bench.again()
+        page = (bench.place / "report.html").read_text().replace("</strong>", "")
+        assert words in page
+        assert "Done and kept: 01-evaluate." in page
+
+    def test_a_page_that_cannot_be_written_does_not_hide_the_error(self, bench, monkeypatch):
+        monkeypatch.setattr(sys.modules["luthier.report.report"], "write_report", lambda folder: 1 / 0)
+        bench.broken["out"] = TrainingError("The loss is not finite.")
+        with pytest.raises(TrainingError):
+            bench.again()
+
     def test_a_full_disk_met_in_a_stage_is_told_in_words(self, bench):
         bench.broken["out"] = OSError(errno.ENOSPC, "No space left on device")
         with pytest.raises(ResourceError, match="disk is full"):

@@ -211,9 +211,31 @@ class TestMissingParts:
         record["stages"][1]["checks"] = [made_runs.check("before", "target patterns matched", value=7)]
         made_runs.write(run / "run.json", record)
         text = read(write_report(run)).text
-        assert "The run failed. The loss is not finite at step 3." in text
+        assert "The run failed in 02-tune. The loss is not finite at step 3." in text
+        assert "02-tune starts again from its beginning." in text
         assert "target patterns matched" in text
         assert "tune failed" in text
+
+    @pytest.mark.parametrize("status", ["failed", "interrupted"])
+    def test_a_stopped_run_says_what_is_kept_and_how_to_go_on(self, run, status):
+        (run / "02-tune").rename(run / "02-tune.partial")
+        shutil.rmtree(run / "03-after")
+        made_runs.write(
+            run / "02-tune.partial/checkpoints/checkpoint-40/trainer_state.json",
+            {"log_history": made_runs.history(40)},
+        )
+        made_runs.change_record(
+            run,
+            {"02-tune": status, "03-after": "pending"},
+            status=status,
+            error="The loss exploded.",
+            command="luthier run tickets.yaml --force seed=1 --from 1",
+        )
+        text = read(write_report(run)).text
+        where = "The run failed in 02-tune." if status == "failed" else "Interrupted in 02-tune."
+        assert f"{where} The loss exploded. Done and kept: 01-before." in text
+        assert "02-tune goes on from its checkpoint at step 40" in text
+        assert "goes on from there: luthier run tickets.yaml seed=1 " in text
 
     def test_nothing_but_the_recipe(self, tmp_path):
         made_runs.write(tmp_path / "run.json", {"status": "running", "recipe": made_runs.recipe()})

@@ -48,7 +48,8 @@ def command(
             show_plan=lambda plan: show(plan, console),
         )
     except KeyboardInterrupt:
-        console.print("Stopped. What is done is kept; the same command goes on from there.")
+        again = "the same command" + (" without --force and --from" if force or from_stage else "")
+        console.print(f"Stopped. What is done is kept; {again} goes on from there.")
         raise
     _show(result, console)
     if not result.passed:

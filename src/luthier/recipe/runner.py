@@ -267,12 +267,22 @@ class _Work:
                 self.models.drop()
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             self._close_record(status, error)
+            self._report_failure()
             raise
         self._close_record("done")
         from luthier.report.report import write_report
 
         result.report = write_report(self.folder)
         return result
+
+    def _report_failure(self) -> None:
+        """The page of a run that did not end: what failed, what is kept, how to go on."""
+        from luthier.report.report import write_report
+
+        try:
+            write_report(self.folder)
+        except Exception as error:  # it must not hide what went wrong before it
+            log.warning("the report could not be written: %s", error)
 
     def _stage(self, i: int, upstream: Upstream | None, earlier: list[Manifest]) -> StageRun:
         """Find the stage's result, or make it."""
@@ -425,7 +435,7 @@ class _Work:
         self.record["status"] = status
         self.record["finished"] = datetime.now().astimezone().isoformat(timespec="seconds")
         if error is not None:
-            self.record["error"] = str(error) or type(error).__name__
+            self.record["error"] = _in_words(error)
             for stage in self.record["stages"]:
                 if stage["status"] == "running":
                     stage["status"] = status
@@ -437,6 +447,14 @@ class _Work:
 
     def _write_record(self) -> None:
         write_json(self.folder / "run.json", self.record)
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, LuthierError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "It was stopped by hand (Ctrl-C)."
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _former_plan(record: Any, recipe: Recipe) -> Any:

@@ -26,6 +26,7 @@ class Stage:
         config: its settings from the manifest, or from the recipe where it has not ended.
         manifest: what the runner wrote about it; empty until it is done.
         history: the trainer's log; of an unfinished stage, that of its last checkpoint.
+        checkpoint: the step that an unfinished stage can go on from.
     """
 
     label: str
@@ -38,6 +39,7 @@ class Stage:
     checks: list[dict[str, Any]] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     predictions: list[dict[str, Any]] = field(default_factory=list)
+    checkpoint: int | None = None
 
     @property
     def metrics(self) -> dict[str, "Metric"]:
@@ -167,14 +169,20 @@ def _read_stage(folder: Path, entry: dict[str, Any], config: dict[str, Any]) -> 
         checks=[c for c in manifest.get("checks") or entry.get("checks") or [] if isinstance(c, dict)],
         history=manifest.get("history") or ([] if status in FINISHED else _checkpoint_history(partial)),
         predictions=_lines(final / "predictions.jsonl") if status in FINISHED else [],
+        checkpoint=None if status in FINISHED else max(_checkpoints(partial), default=None),
     )
+
+
+def _checkpoints(path: Path) -> dict[int, Path]:
+    """{step: state of the training} of the checkpoints of a stage at work."""
+    states = path.glob("checkpoints/checkpoint-*/trainer_state.json")
+    return {int(state.parent.name.rpartition("-")[2]): state for state in states}
 
 
 def _checkpoint_history(path: Path) -> list[dict[str, Any]]:
     """The log in the newest checkpoint of a stage at work."""
-    states = list(path.glob("checkpoints/checkpoint-*/trainer_state.json"))
-    states.sort(key=lambda state: int(state.parent.name.rsplit("-", 1)[1]))
-    record = _json(states[-1]) if states else None
+    found = _checkpoints(path)
+    record = _json(found[max(found)]) if found else None
     return record.get("log_history", []) if isinstance(record, dict) else []
 
 

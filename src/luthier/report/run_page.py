@@ -2,6 +2,7 @@
 
 import io
 import math
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,7 @@ def page(run: Run) -> dict[str, Any]:
     return {
         "run": run,
         "summary": summary(run),
+        "stop": stop(run),
         "headlines": headlines(before, after, first_alone(run, before, after)) if after else [],
         "notices": [
             (stage, notice) for stage in run.of_kind("tune") for notice in notices.read_curves(stage.history)
@@ -158,6 +160,40 @@ def summary(run: Run) -> str:
         else:
             steps.append(stage.kind)
     return f"{name or 'A model'}: {', then '.join(steps)}." if steps else str(name or "")
+
+
+def stop(run: Run) -> dict[str, str] | None:
+    """Of a run that did not end: where it stopped, what is kept, and what to type to go on."""
+    if run.status not in ("failed", "interrupted"):
+        return None
+    at = next((stage for stage in run.stages if stage.status == run.status), None)
+    kept = [stage.label for stage in run.stages if stage.status == "done"]
+    words = [f"Done and kept: {', '.join(kept)}."] if kept else []
+    if at is not None and at.checkpoint is not None:
+        words.append(
+            f"{at.label} goes on from its checkpoint at step {at.checkpoint}; with other settings it starts "
+            "again."
+        )
+    elif at is not None:
+        words.append(f"{at.label} starts again from its beginning.")
+    return {
+        "title": ("Interrupted" if run.status == "interrupted" else "The run failed")
+        + (f" in {at.label}" if at is not None else ""),
+        "kept": " ".join(words),
+        "command": _going_on(run),
+    }
+
+
+def _going_on(run: Run) -> str:
+    """The run's command without what would make it start from the beginning."""
+    words = iter(shlex.split(_command(run)))
+    kept = []
+    for word in words:
+        if word == "--from":
+            next(words, None)
+        elif word != "--force" and not word.startswith("--from="):
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def check_lines(run: Run) -> dict[str, Any]:
@@ -371,10 +407,14 @@ def commands(run: Run) -> list[str]:
     """What to type to get the same again."""
     pinned = [f"{name}=={number}" for name, number in versions(run).items() if number != "not installed"]
     lines = [f"pip install {' '.join(pinned)}"] if pinned else []
-    lines.append(run.record.get("command") or f"luthier run {run.record.get('recipe_file') or 'recipe.yaml'}")
+    lines.append(_command(run))
     if any(stage.kind in ("tune", "export") and stage.status == "done" for stage in run.stages):
         lines.append(f"luthier chat {run.folder} --base")
     return lines
+
+
+def _command(run: Run) -> str:
+    return run.record.get("command") or f"luthier run {run.record.get('recipe_file') or 'recipe.yaml'}"
 
 
 def recipe_text(recipe: dict[str, Any]) -> str:

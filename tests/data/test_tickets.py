@@ -51,11 +51,13 @@ def test_fields_are_absent_about_as_often_as_stated():
         assert abs(share - tickets.ABSENT[name]) < 0.05
 
 
-def test_rows_are_prompt_and_compact_json():
-    row = some("test", 1)[0].row()
-    assert set(row) == {"prompt", "completion"}
-    assert row["prompt"].startswith(tickets.INSTRUCTION)
-    assert json.dumps(json.loads(row["completion"]), separators=(",", ":")) == row["completion"]
+def test_rows_are_chats_with_compact_json():
+    (row,) = [ticket.row() for ticket in some("test", 1)]
+    system, user, assistant = row["messages"]
+    assert [turn["role"] for turn in row["messages"]] == ["system", "user", "assistant"]
+    assert system["content"] == tickets.INSTRUCTION
+    answer = assistant["content"]
+    assert json.dumps(json.loads(answer), separators=(",", ":"), ensure_ascii=False) == answer
 
 
 def test_a_count_below_one_is_refused(tmp_path):

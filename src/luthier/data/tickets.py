@@ -334,14 +334,15 @@ class Ticket:
     record: dict[str, Any]
     frames: tuple[str, ...]
 
-    def row(self) -> dict[str, str]:
-        """The row of the data set. The completion is compact JSON with the keys in the order of FIELDS."""
+    def row(self) -> dict[str, list[dict[str, str]]]:
+        """The row of the data set: a chat whose answer is compact JSON, its keys in the order of FIELDS."""
         answer = json.dumps(self.record, ensure_ascii=False, separators=(",", ":"))
-        return {"prompt": f"{INSTRUCTION}\n\n{self.mail}", "completion": answer}
+        turns = {"system": INSTRUCTION, "user": self.mail, "assistant": answer}
+        return {"messages": [{"role": role, "content": content} for role, content in turns.items()]}
 
 
 def write(folder: str | Path, seed: int = 0, train: int = 1000, test: int = 100) -> tuple[Path, Path]:
-    """Write train.jsonl and test.jsonl, rows of {prompt, completion}; returns their paths.
+    """Write train.jsonl and test.jsonl, rows of {messages}; returns their paths.
 
     The same seed gives the same files on every machine, and more rows only add to fewer.
 

@@ -124,7 +124,12 @@ def manifest(kind: str, name: str, config: dict[str, Any], **changes: Any) -> di
         "checks": [],
         "history": [],
         "details": {
-            "placement": {"dtype": "float32", "device": "cpu", "attn": "sdpa", "reason": "no fast bf16 here"}
+            "placement": {
+                "dtype": "float32",
+                "device": "cpu",
+                "attn": "sdpa",
+                "reason": "float32 (no fast bf16 here) on cpu (no accelerator found), sdpa attention",
+            }
         },
         "seconds": 41.0,
         "sessions": 1,

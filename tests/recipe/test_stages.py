@@ -105,6 +105,9 @@ class TestTune:
         assert found.artefact_bytes == sum(p.stat().st_size for p in stage.artefact.iterdir())
         assert found.peak_memory_bytes > 0
         assert all(check["passed"] for check in found.checks)
+        placement = found.details["placement"]
+        assert (placement["dtype"], placement["device"], placement["attn"]) == ("float32", "cpu", "sdpa")
+        assert placement["reason"] == "float32 (as asked) on cpu (as asked), sdpa attention"
         assert {"before", "step1", "data"} <= {check["when"] for check in found.checks}
 
     def test_leaves_a_whole_model_where_its_own_weights_were_trained(self, place):

@@ -160,7 +160,15 @@ class TestRun:
         assert "pip install luthier==0.1.0 torch==2.13.0" in text
         assert "luthier run recipes/quickstart.yaml" in text
         assert "learning_rate: 0.001" in text
-        assert "no fast bf16 here" in text
+
+    def test_the_reason_of_the_precision_is_said_once_or_for_each_stage_that_differs(self, run):
+        assert read(write_report(run)).text.count("float32 (no fast bf16 here) on cpu") == 1
+        manifest = made_runs.tune()
+        manifest["details"]["placement"]["reason"] = "float32 (the weights learn) on cpu"
+        made_runs.write(run / "02-tune" / "manifest.json", manifest)
+        text = read(write_report(run)).text
+        assert "Precision in 01-before, 03-after float32 (no fast bf16 here)" in text
+        assert "Precision in 02-tune float32 (the weights learn) on cpu" in text
 
     def test_text_of_the_data_is_escaped(self, run):
         html = write_report(run).read_text()

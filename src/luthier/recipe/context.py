@@ -8,7 +8,7 @@ saved.
 
 import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -194,6 +194,7 @@ class Context:
         earlier: manifests of the stages before, in order.
         resume: whether `work/checkpoints` holds what an interrupted session left.
         expected_memory: the plan's estimate of this stage's peak in bytes.
+        placement: how the model that the stage took is held; None before it took one.
     """
 
     recipe: Recipe
@@ -204,9 +205,11 @@ class Context:
     earlier: tuple[Manifest, ...] = ()
     resume: bool = False
     expected_memory: int | None = None
+    placement: Placement | None = field(default=None, init=False)
 
     def model(self) -> tuple[Any, PreTrainedTokenizerBase]:
         """The model as the stages before left it, to be read only, and a tokenizer."""
+        self.placement = self._place(train=False)
         return self.models.get(self._state(self.upstream, train=False))
 
     def lend(self, *, train: bool) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -215,6 +218,7 @@ class Context:
         Args:
             train: the model's own weights will learn (they are then held in float32).
         """
+        self.placement = self._place(train=train)
         return self.models.lend(self._state(self.upstream, train=train))
 
     def settle(
@@ -223,10 +227,14 @@ class Context:
         """Hand the lent model back as the output of this stage, so that the next need not load it."""
         self.models.settle(model, tokenizer, self._state(output, train=train))
 
+    def _place(self, *, train: bool) -> Placement:
+        spec = self.recipe.model
+        return _placement(spec.dtype, spec.device, spec.attn, train)
+
     def _state(self, upstream: Upstream | None, *, train: bool) -> State:
         spec = self.recipe.model
         task = spec.task or "causal"
-        where = _placement(spec.dtype, spec.device, spec.attn, train)
+        where = self._place(train=train)
         options: dict[str, Any] = {
             "task": task,
             "dtype": str(where.dtype).removeprefix("torch."),

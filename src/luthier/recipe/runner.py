@@ -5,6 +5,7 @@ What a run leaves is files: `run.json` (the recipe and where the run stands) and
 them. Nothing heavy is imported before the recipe, the folder, the disk and the plan are found good.
 """
 
+import dataclasses
 import errno
 import logging
 import shlex
@@ -46,6 +47,7 @@ from luthier.resources import (
 )
 
 if TYPE_CHECKING:
+    from luthier.models.placement import Placement
     from luthier.recipe.context import Models
 
 log = logging.getLogger("luthier.recipe")
@@ -374,7 +376,7 @@ class _Work:
             metrics=result.metrics,
             checks=[line.as_dict() for line in lines],
             history=result.history,
-            details=result.details,
+            details=_placement(context.placement) | result.details,
             seconds=session.seconds_before + (finished - started).total_seconds(),
             sessions=session.number,
             peak_memory_bytes=peak.bytes,
@@ -447,6 +449,14 @@ class _Work:
 
     def _write_record(self) -> None:
         write_json(self.folder / "run.json", self.record)
+
+
+def _placement(found: "Placement | None") -> dict[str, Any]:
+    """How the stage's model was held and why, for its manifest."""
+    if found is None:
+        return {}
+    parts = dataclasses.asdict(found).items()
+    return {"placement": {name: str(v).removeprefix("torch.") for name, v in parts if v is not None}}
 
 
 def _in_words(error: BaseException) -> str:

@@ -235,7 +235,7 @@ def stage_view(run: Run, i: int) -> dict[str, Any]:
         "title": title,
         "paper": paper,
         "settings": flat({k: v for k, v in stage.config.items() if k != "name"}),
-        "details": flat(stage.manifest.get("details") or {}),
+        "details": flat({k: v for k, v in (stage.manifest.get("details") or {}).items() if k != "placement"}),
     }
 
 
@@ -374,17 +374,21 @@ def environment(run: Run) -> list[tuple[str, str]]:
             (titles.get(key, key.capitalize()), ", ".join(value) if isinstance(value, list) else text)
         )
     rows.extend((name, str(number)) for name, number in versions(run).items())
-    if placement := (run.record.get("plan") or {}).get("placement"):
-        rows.append(("Precision", str(placement)))
+    return rows + _placements(run)
+
+
+def _placements(run: Run) -> list[tuple[str, str]]:
+    """In what precision, where and with which attention each stage held its model, with the reason."""
+    reasons: dict[str, list[str]] = {}
     for stage in run.stages:
         placement = (stage.manifest.get("details") or {}).get("placement")
-        if isinstance(placement, dict):
-            held = ", ".join(str(placement[k]) for k in ("dtype", "device", "attn") if placement.get(k))
-            reason = placement.get("reason")
-            rows.append((f"Precision in {stage.label}", f"{held} – {reason}" if reason else held))
-        elif placement:
-            rows.append((f"Precision in {stage.label}", str(placement)))
-    return rows
+        if isinstance(placement, dict) and placement.get("reason"):
+            reasons.setdefault(str(placement["reason"]), []).append(stage.label)
+    if not reasons and (planned := (run.record.get("plan") or {}).get("placement")):
+        return [("Precision", str(planned))]
+    if len(reasons) == 1:
+        return [("Precision", next(iter(reasons)))]
+    return [(f"Precision in {', '.join(labels)}", reason) for reason, labels in reasons.items()]
 
 
 def versions(run: Run) -> dict[str, str]:

@@ -62,22 +62,24 @@ def test_loss_and_gradients_equal_pefts_in_float32(kind):
 
 
 def test_bfloat16_is_no_further_from_float32_than_pefts():
+    """Over several batches: which of the two rounds better on one of them depends on the CPU's kernels."""
     model = adapted(tiny.llama())
-    _, exact = step(model)
+    exact = [step(model, seed)[1] for seed in range(8)]
     for module in model.modules():  # as PEFT holds it: the base in bfloat16, the adapter in float32
         if not isinstance(module, nn.Linear) or not any(n in str(module) for n in ("lora",)):
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.bfloat16()
-    _, peft_gradients = step(model)
+    pefts = [step(model, seed)[1] for seed in range(8)]
     fuse(model)
-    _, fused_gradients = step(model)
+    ours = [step(model, seed)[1] for seed in range(8)]
 
-    def error(gradients):
-        return sum(float((gradients[n] - g).square().sum()) for n, g in exact.items()) ** 0.5
+    def error(batches):
+        pairs = zip(batches, exact, strict=True)
+        return sum(float((found[n] - g).square().sum()) for found, true in pairs for n, g in true.items())
 
-    assert all(g.dtype == torch.float32 for g in fused_gradients.values())
-    assert error(fused_gradients) <= 1.15 * error(peft_gradients)
+    assert all(g.dtype == torch.float32 for g in ours[0].values())
+    assert error(ours) ** 0.5 <= 1.15 * error(pefts) ** 0.5
 
 
 def test_what_is_saved_for_backward_is_the_input_and_r_columns():

@@ -53,7 +53,7 @@ def test_fields_are_absent_about_as_often_as_stated():
 
 def test_rows_are_chats_with_compact_json():
     (row,) = [ticket.row() for ticket in some("test", 1)]
-    system, user, assistant = row["messages"]
+    system, _, assistant = row["messages"]
     assert [turn["role"] for turn in row["messages"]] == ["system", "user", "assistant"]
     assert system["content"] == tickets.INSTRUCTION
     answer = assistant["content"]

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
+import peft
 import pytest
 import torch
 
@@ -71,6 +73,23 @@ def test_answers_are_scored_and_kept(tiny_llama, tiny_tokenizer, records, answer
         "finished": False,
         "scores": {"rougeL": 0.0, "field_f1": 0.0, "exact_match": 0.0},
     }
+
+
+def test_an_adapter_is_measured_fused_and_left_as_it_was(tiny_llama, tiny_tokenizer, records, monkeypatch):
+    """The numbers are those of PEFT's own forward; afterwards the layers are PEFT's again."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(tiny_llama, config)
+    found = evaluate(model, records, ["perplexity"], tokenizer=tiny_tokenizer)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    calls = []
+    monkeypatch.setattr(module, "fused", lambda model: nullcontext(calls.append(model)))
+    plain = evaluate(model, records, ["perplexity"], tokenizer=tiny_tokenizer)
+    assert calls == [model]
+    assert found.metrics["perplexity"].value == pytest.approx(plain.metrics["perplexity"].value, rel=1e-5)
+    with model.disable_adapter():
+        base = evaluate(model, records, ["perplexity"], tokenizer=tiny_tokenizer)
+    assert base.metrics["perplexity"].value != pytest.approx(plain.metrics["perplexity"].value, rel=1e-3)
 
 
 def test_rows_are_drawn_by_seed_and_know_their_place(tiny_llama, tiny_tokenizer, records):

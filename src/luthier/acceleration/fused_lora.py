@@ -19,6 +19,8 @@ state dict stay as they are; merging, disabling and saving are PEFT's.
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -66,6 +68,16 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.__dict__.pop("forward", None)
+
+
+@contextmanager
+def fused(model: nn.Module) -> Iterator[Fusion]:
+    """Inside, every plain LoRA layer of `model` runs as one operation."""
+    report = fuse(model)
+    try:
+        yield report
+    finally:
+        unfuse(model)
 
 
 def lora_linear(

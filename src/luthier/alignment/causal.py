@@ -79,8 +79,7 @@ class CausalTrainer(Reliable, Trainer):
         with ExitStack() as stack:
             self._accelerated = True
             stack.callback(setattr, self, "_accelerated", False)
-            fusion = fused_lora.fuse(self.model)
-            stack.callback(fused_lora.unfuse, self.model)
+            fusion = stack.enter_context(fused_lora.fused(self.model))
             self._slow_loss = self._why_slow_loss()
             slow_attention = documents.why_not(self.model) if self._packed else "rows hold one document"
             if slow_attention is None:

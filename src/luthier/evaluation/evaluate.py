@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from luthier.acceleration.fused_lora import fused
 from luthier.data.load import Loaded, load
 from luthier.data.rows import Row
 from luthier.data.spec import DataSpec
@@ -78,8 +79,30 @@ def evaluate(
     """
     loaded = _sampled(data if isinstance(data, Loaded) else load(data), samples, seed)
     _require_measurable(model, loaded, metrics)
+    with fused(model):  # PEFT would copy every input of an adapter in bfloat16 to float32
+        found = _measured(
+            model, loaded, metrics, tokenizer, batch_size, generation or {}, seed, window, stride
+        )
+    for prediction, row in zip(found.predictions, loaded.records, strict=False):
+        prediction["index"] = row["index"]
+    found.metrics = {name: found.metrics[name] for name in [*metrics, "ended"] if name in found.metrics}
+    for name, metric in found.metrics.items():
+        log.info("%s = %.4g (%.4g to %.4g, n = %d)", name, metric.value, metric.low, metric.high, metric.n)
+    return found
+
+
+def _measured(
+    model: nn.Module,
+    loaded: Loaded,
+    metrics: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    generation: dict[str, Any],
+    seed: int,
+    window: int | None,
+    stride: int | None,
+) -> Evaluation:
     found = Evaluation()
-    indices = [row["index"] for row in loaded.records]
     if "perplexity" in metrics:
         texts = sequences(loaded, tokenizer)
         found.metrics["perplexity"] = perplexity(
@@ -87,17 +110,12 @@ def evaluate(
         )
     written = [name for name in metrics if METRICS[name].generates]
     if written:
-        answers, wanted = _answers(model, tokenizer, loaded, batch_size, generation or {}, seed)
+        answers, wanted = _answers(model, tokenizer, loaded, batch_size, generation, seed)
         _score_answers(found, loaded, answers, wanted, written, seed)
     if chosen := [name for name in metrics if name.startswith("multiple_choice")]:
         _score_choices(found, model, tokenizer, loaded, chosen, batch_size, seed)
     if classes := [name for name in metrics if METRICS[name].tasks == ("classification",)]:
         _score_classes(found, model, tokenizer, loaded, classes, batch_size, seed)
-    for prediction, index in zip(found.predictions, indices, strict=False):
-        prediction["index"] = index
-    found.metrics = {name: found.metrics[name] for name in [*metrics, "ended"] if name in found.metrics}
-    for name, metric in found.metrics.items():
-        log.info("%s = %.4g (%.4g to %.4g, n = %d)", name, metric.value, metric.low, metric.high, metric.n)
     return found
 
 
@@ -151,7 +169,15 @@ def _answers(
             len(ids) for ids in tokenizer(wanted, add_special_tokens=False, verbose=False)["input_ids"]
         )
         generation = generation | {"max_new_tokens": max(SHORTEST_LIMIT, longest * 3 // 2)}
-    answers = generate(model, tokenizer, prompts, batch_size=batch_size, options=generation, seed=seed)
+    answers = generate(
+        model,
+        tokenizer,
+        prompts,
+        batch_size=batch_size,
+        options=generation,
+        seed=seed,
+        where=loaded.where,
+    )
     return answers, wanted
 
 

@@ -4,19 +4,19 @@ Greedy answers are those that each prompt would get alone (up to rounding in hal
 from lengths, never from the pad id, so that pad = eos is harmless.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
-from luthier.errors import DataError
+from luthier.errors import DataError, MethodError
 from luthier.evaluation.perplexity import context_length
 from luthier.models import structure
 from luthier.models.tokens import end_of_turn
+from luthier.terminal import track
 from luthier.tuning.probe import evaluating
 
 MAX_NEW_TOKENS = 256
@@ -39,18 +39,21 @@ def generate(
     batch_size: int = 16,
     options: dict[str, Any] | None = None,
     seed: int = 0,
+    where: Callable[[int], str] | None = None,
 ) -> list[Answer]:
     """One answer for each prompt (its token ids, as `luthier.data.tokenize.prompt_ids` gives them), in order.
 
     Args:
         options: fields of `transformers.GenerationConfig`; greedy and at most 256 new tokens by default.
         seed: of sampling. A sampled answer depends on its batch, a greedy one does not.
+        where: the place of prompt i, for messages.
 
     Raises:
         DataError: a prompt that leaves no room for an answer in the model's context.
+        MethodError: options that transformers refuses.
     """
     config = generation_config(model, tokenizer, options or {})
-    _require_room(model, prompts, config)
+    _require_room(model, prompts, config, where)
     ends = set(config.eos_token_id or [])
     if config.do_sample:
         set_seed(seed)
@@ -58,7 +61,7 @@ def generate(
     # Longest first: a batch that is too large for the memory fails at once and not after an hour.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     with evaluating(model):
-        for start in track(range(0, len(order), batch_size), description="answers", transient=True):
+        for start in track(range(0, len(order), batch_size), "answers"):
             batch = order[start : start + batch_size]
             for i, new in zip(batch, _batch(model, [prompts[i] for i in batch], config), strict=True):
                 found[i] = _answer(new, ends, tokenizer)
@@ -90,18 +93,27 @@ def generation_config(
     settings |= options
     if isinstance(settings["eos_token_id"], int):
         settings["eos_token_id"] = [settings["eos_token_id"]]
-    return GenerationConfig(**settings)
+    try:
+        return GenerationConfig(**settings)
+    except (ValueError, TypeError) as error:
+        raise MethodError(f"These generation settings do not go together: {error}") from error
 
 
-def _require_room(model: nn.Module, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> None:
+def _require_room(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    where: Callable[[int], str] | None,
+) -> None:
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]), default=None)
     limit = context_length(model)
     if longest is None or limit is None or structure.base(model).config.is_encoder_decoder:
         return
     room = limit - len(prompts[longest])
     if room < (config.max_new_tokens or 1):
+        name = f"The prompt of {where(longest)}" if where else f"Prompt {longest + 1} of {len(prompts)}"
         raise DataError(
-            f"Prompt {longest + 1} of {len(prompts)} has {len(prompts[longest])} tokens, the model's context "
+            f"{name} has {len(prompts[longest])} tokens, the model's context "
             f"{limit}, so {max(room, 0)} are left for an answer of up to {config.max_new_tokens or 1}.",
             fix="Shorten the prompt, or lower generation: {max_new_tokens: ...}.",
         )
@@ -116,9 +128,12 @@ def _batch(model: nn.Module, prompts: list[Sequence[int]], config: GenerationCon
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
-    out = model.generate(
-        input_ids=ids.to(base.device), attention_mask=mask.to(base.device), generation_config=config
-    )
+    try:
+        out = model.generate(
+            input_ids=ids.to(base.device), attention_mask=mask.to(base.device), generation_config=config
+        )
+    except ValueError as error:  # settings that transformers judges only here
+        raise MethodError(f"Nothing can be generated with these settings: {error}") from error
     # An encoder-decoder's output begins with the start token, a decoder's with the prompt.
     begin = 1 if base.config.is_encoder_decoder else longest
     return out[:, begin:].cpu()

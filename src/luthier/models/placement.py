@@ -1,7 +1,7 @@
 """dtype, device and attention of a model: decided here and nowhere else, each with its reason.
 
-On a CPU bfloat16 pays only where the CPU has instructions that multiply it. SmolLM2-135M, forward and backward
-of 4 x 256 tokens, two threads (`benchmarks/dtype_cpu.py`):
+On a CPU bfloat16 pays only where the CPU has instructions that multiply it. SmolLM2-135M, forward and
+backward of 4 x 256 tokens, two threads (`benchmarks/dtype_cpu.py`):
 
     instructions                 float32   bfloat16   float32 weights, bfloat16 products
     AMX (Sapphire Rapids)         3.90 s     1.50 s      2.22 s

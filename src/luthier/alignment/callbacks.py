@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from luthier import checks
 from luthier.errors import TrainingError
 from luthier.resources import PeakMemory, show_bytes
+from luthier.terminal import progress
 
 log = logging.getLogger("luthier.alignment")
 
@@ -274,12 +274,9 @@ class ShowProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.start, self.first = time.perf_counter(), state.num_input_tokens_seen
-        console = Console(stderr=True)
-        if state.is_world_process_zero and console.is_terminal:
-            self.bar = Progress(
-                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(), console=console,
-            )  # fmt: skip
+        bar = progress("training")
+        if state.is_world_process_zero and not bar.disable:
+            self.bar = bar
             self.bar.start()
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, note="")
 

@@ -43,6 +43,8 @@ def arguments(
         RecipeError: an unknown argument, or a value that transformers refuses.
     """
     if isinstance(given, TrainingArguments):
+        if not torch.accelerator.is_available():
+            given.dataloader_pin_memory = False  # it does nothing there, and torch warns of it
         if kind is Seq2SeqTrainingArguments and not isinstance(given, kind):
             return kind(**{f.name: getattr(given, f.name) for f in dataclasses.fields(given) if f.init})
         return given
@@ -68,7 +70,7 @@ def _defaults(model: nn.Module, given: dict[str, Any], evaluates: bool) -> dict[
         "logging_steps": 0.01,
         "logging_nan_inf_filter": False,  # a loss that is not finite stops the run; it is not to be hidden
         "report_to": "none",
-        "dataloader_pin_memory": device.type != "cpu",
+        "dataloader_pin_memory": device.type not in ("cpu", "mps"),
         "save_strategy": "steps",
         "save_steps": 0.1,
         "save_total_limit": 2,

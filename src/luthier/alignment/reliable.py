@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from luthier.alignment.callbacks import CleanInterrupt, Divergence, ShowProgress, StepOneProof
 from luthier.errors import TrainingError
+from luthier.terminal import no_bars
 from luthier.tuning import hooks
 
 log = logging.getLogger("luthier.alignment")
@@ -220,7 +221,8 @@ class Reliable:
         )
 
     def _save(self: Any, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        with no_bars():
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
         # Pickled arguments: never read back, and code to whoever loads them.
         (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 

@@ -38,6 +38,7 @@ Split = Annotated[str | None, typer.Option(help="Split of a Hub data set or fold
 def quiet() -> None:
     # What is checked on the way is said in the tables.
     logging.getLogger("luthier").setLevel(logging.WARNING)
+    logging.getLogger("luthier.models.gguf").setLevel(logging.INFO)  # takes long, and only once
 
 
 @app.command()

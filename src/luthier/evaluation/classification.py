@@ -11,6 +11,7 @@ from luthier.data.load import Loaded
 from luthier.data.tokenize import encode_classification
 from luthier.errors import DataError
 from luthier.models import structure
+from luthier.terminal import track
 from luthier.tuning.probe import evaluating
 
 
@@ -35,7 +36,7 @@ def classify(
     collate = DataCollatorWithPadding(tokenizer)
     predicted = np.zeros(len(order), dtype=int)
     with evaluating(model):
-        for start in range(0, len(order), batch_size):
+        for start in track(range(0, len(order), batch_size), "classes"):
             batch = order[start : start + batch_size]
             inputs = collate([rows[int(i)] for i in batch]).to(structure.base(model).device)
             # The mask is made from lengths: a pad id may stand inside a text too.

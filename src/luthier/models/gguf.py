@@ -20,7 +20,7 @@ from luthier.errors import ModelError
 if TYPE_CHECKING:
     from luthier.models.sources import Source
 
-log = logging.getLogger("luthier.models")
+log = logging.getLogger("luthier.models.gguf")
 
 CONVERSION = 1  # raise it when converted folders must be made anew
 
@@ -128,14 +128,16 @@ def _convert(path: Path, file: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
     from luthier.models.saving import save
+    from luthier.terminal import no_bars
 
-    log.info("converting %s once, to %s", file, folder)
+    log.info("converting %s to safetensors, once; it is kept in %s", file, folder)
     found, _ = header(path / file)
     try:
         # Without `dequantize` the weights stay packed, and neither learn nor can be saved.
-        model = AutoModelForCausalLM.from_pretrained(
-            path, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-        )
+        with no_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                path, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            )
         tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=file)
     except (ValueError, OSError, RuntimeError, ImportError, KeyError, IndexError) as error:
         raise ModelError(f"{path / file} cannot be converted: {error}") from error

@@ -23,6 +23,7 @@ from luthier import checks
 from luthier.errors import ModelError, did_you_mean
 from luthier.models import gguf, keys, saving, sources, structure, tokens
 from luthier.models.placement import Placement, place
+from luthier.terminal import no_bars, no_peft_warnings
 
 log = logging.getLogger("luthier.models")
 
@@ -95,15 +96,16 @@ def _load_model(
     if where.device != "cpu":
         options["device_map"] = {"": where.device}
     try:
-        model, info = AUTO[task].from_pretrained(
-            path,
-            dtype=where.dtype,
-            attn_implementation=where.attn,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
+        with no_bars():
+            model, info = AUTO[task].from_pretrained(
+                path,
+                dtype=where.dtype,
+                attn_implementation=where.attn,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
     except torch.OutOfMemoryError:
         raise
     except tokens.FAILURES as error:
@@ -254,9 +256,10 @@ def _require_same_base(model: nn.Module, record: dict[str, Any]) -> None:
 
 def _put_on(model: PreTrainedModel, path: Path, name: str, train: bool) -> PeftModel:
     try:
-        adapted = PeftModel.from_pretrained(
-            model, str(path), is_trainable=train, torch_device=str(model.device)
-        )
+        with no_peft_warnings():
+            adapted = PeftModel.from_pretrained(
+                model, str(path), is_trainable=train, torch_device=str(model.device)
+            )
     except torch.OutOfMemoryError:
         raise
     except tokens.FAILURES as error:

@@ -28,6 +28,7 @@ from luthier import checks
 from luthier.errors import ModelError
 from luthier.models import sources, structure, tokens
 from luthier.resources import explain
+from luthier.terminal import no_bars
 from luthier.tuning.hooks import save_adapter
 from luthier.tuning.probe import distance, evaluating, probe_inputs
 from luthier.tuning.residual import changes_base
@@ -282,7 +283,8 @@ def _write(model: nn.Module, draft: Path) -> None:
         save_adapter(model, draft)
         return
     try:
-        model.save_pretrained(str(draft))
+        with no_bars():
+            model.save_pretrained(str(draft))
     except ValueError as error:
         raise ModelError(f"The model cannot be saved: {error}") from error
 

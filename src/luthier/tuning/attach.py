@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from luthier import checks
 from luthier.errors import MethodError, did_you_mean
 from luthier.models.structure import linears, match_targets
+from luthier.terminal import no_peft_warnings
 from luthier.tuning.probe import distance, probe_logits
 
 log = logging.getLogger("luthier.tuning")
@@ -114,7 +115,8 @@ def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
             isinstance(model.get_submodule(name), Conv1D) for name in names
         )
     try:
-        adapted = get_peft_model(model, config)
+        with no_peft_warnings():
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         raise MethodError(f"PEFT cannot put {type(config).__name__} on this model: {error}.") from error
     if not config.is_prompt_learning:

@@ -110,22 +110,29 @@ def make_clock() -> Any:
     return Clock()
 
 
-def examples(data: str, options: argparse.Namespace, count: int, folder: Path) -> list[dict[str, str]]:
-    """Rows of prompt and completion."""
+def examples(data: str, options: argparse.Namespace, count: int, folder: Path) -> list[dict[str, Any]]:
+    """Rows of prompt and completion, both lists of turns."""
     if data == "tickets":
         from luthier.data import tickets
 
         path, _ = tickets.write(folder, train=count, test=1)
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        chats = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
+        return [{"prompt": turns[:-1], "completion": turns[-1:]} for turns in chats]
     lines = options.gsm8k.read_text(encoding="utf-8").splitlines()[:count]
-    return [{"prompt": row["question"], "completion": row["answer"]} for row in map(json.loads, lines)]
+    return [
+        {
+            "prompt": [{"role": "user", "content": row["question"]}],
+            "completion": [{"role": "assistant", "content": row["answer"]}],
+        }
+        for row in map(json.loads, lines)
+    ]
 
 
 def lora() -> dict[str, Any]:
     return {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
-def with_trl(side: str, rows: list[dict[str, str]], arguments: dict[str, Any]) -> Any:
+def with_trl(side: str, rows: list[dict[str, Any]], arguments: dict[str, Any]) -> Any:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -133,13 +140,6 @@ def with_trl(side: str, rows: list[dict[str, str]], arguments: dict[str, Any]) -
     from trl import SFTConfig, SFTTrainer
 
     folder = model_folder()
-    turns = [
-        {
-            "prompt": [{"role": "user", "content": row["prompt"]}],
-            "completion": [{"role": "assistant", "content": row["completion"]}],
-        }
-        for row in rows
-    ]
     model: Any = folder
     if "bf16" in side:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -148,13 +148,13 @@ def with_trl(side: str, rows: list[dict[str, str]], arguments: dict[str, Any]) -
     return SFTTrainer(
         model,
         args=SFTConfig(**arguments),
-        train_dataset=Dataset.from_list(turns),
+        train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=LoraConfig(**lora()),
     )
 
 
-def with_luthier(side: str, rows: list[dict[str, str]], arguments: dict[str, Any]) -> Any:
+def with_luthier(side: str, rows: list[dict[str, Any]], arguments: dict[str, Any]) -> Any:
     import luthier
 
     path = Path(arguments["output_dir"]) / "rows.jsonl"

@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from luthier.errors import RecipeError, did_you_mean
 from luthier.models.placement import place
@@ -55,8 +56,10 @@ def arguments(
                 f"'{name}' is not a training argument.", fix=did_you_mean(name, kind.__dataclass_fields__)
             )
     try:
-        return kind(**(_defaults(model, given, evaluates) | given))
-    except (ValueError, TypeError) as error:
+        made = kind(**(_defaults(model, given, evaluates) | given))
+        get_reporting_integration_callbacks(made.report_to)  # an unknown name would fail later only
+        return made
+    except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"transformers refuses the training arguments: {error}") from error
 
 

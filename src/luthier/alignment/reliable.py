@@ -12,6 +12,8 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
+from luthier.alignment import checkpoints
 from luthier.alignment.callbacks import CleanInterrupt, Divergence, ShowProgress, StepOneProof
 from luthier.errors import TrainingError
 from luthier.terminal import no_bars
@@ -66,16 +69,20 @@ class Reliable:
         """As `transformers.Trainer.train`.
 
         Raises:
-            TrainingError: the loss is not finite or explodes, or there is no checkpoint to resume from.
+            TrainingError: the loss is not finite or explodes, or there is no checkpoint to resume from, or
+                it is damaged.
             KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
         """
         folder = Path(self.args.output_dir)
         if self.args.should_save:
             shutil.rmtree(folder / DRAFT, ignore_errors=True)
-        if resume_from_checkpoint is True and get_last_checkpoint(str(folder)) is None:
+        last = get_last_checkpoint(str(folder)) if resume_from_checkpoint is True else resume_from_checkpoint
+        if resume_from_checkpoint is True and last is None:
             raise TrainingError(
                 f"There is no checkpoint in {folder} to resume from.", fix="Start without resuming."
             )
+        if last:
+            checkpoints.require_whole(Path(last))
         self._started = time.perf_counter()
         self._step_parts = []
         try:
@@ -92,14 +99,24 @@ class Reliable:
     def interrupted(self) -> bool:
         return self._interrupt.interrupted
 
+    @property
+    def tokens_before(self) -> int:
+        """Tokens of content that were trained before the last `train()`, which resumed."""
+        return self._progress.first
+
     def create_optimizer(self: Any, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            groups = hooks.parameter_groups(self.model, self.args)
-            if groups is not None:
-                kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-                self.optimizer = kind(groups, **options)
-        optimizer: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        with _settings_refused("optimiser"):
+            if self.optimizer is None:
+                groups = hooks.parameter_groups(self.model, self.args)
+                if groups is not None:
+                    kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+                    self.optimizer = kind(groups, **options)
+            optimizer: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
         return optimizer
+
+    def create_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _settings_refused("schedule of the learning rate"):
+            return super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
 
     def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
@@ -207,6 +224,7 @@ class Reliable:
             place = folder / f"{PREFIX_CHECKPOINT_DIR}-{best}"
             self.state.best_model_checkpoint = str(place) if place == final or place.is_dir() else None
             self.state.save_to_json(str(draft / TRAINER_STATE_NAME))
+        checkpoints.seal(draft)
         _sync(draft)
         if final.exists():  # of an earlier run that was resumed from before it
             shutil.rmtree(final)
@@ -225,6 +243,16 @@ class Reliable:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
         # Pickled arguments: never read back, and code to whoever loads them.
         (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+
+@contextmanager
+def _settings_refused(what: str) -> Iterator[None]:
+    """What torch or transformers refuse here are training arguments that only they can judge."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        reason = str(error).rstrip(". ")
+        raise TrainingError(f"The {what} cannot be made of these training arguments: {reason}.") from error
 
 
 def content_tokens(batch: dict[str, Any]) -> int:

@@ -4,7 +4,7 @@ import logging
 import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import ValidationError
@@ -27,8 +27,10 @@ _SHOWN = 4000  # characters of one example that are printed
 File = Annotated[str, typer.Argument(help="File, folder or Hub id.")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Model whose template and tokens are used.")]
 MaxLength = Annotated[int | None, typer.Option(min=1, help="Where examples are cut, in tokens.")]
-TrainOn = Annotated[str, typer.Option(help="assistant_all, assistant_last, completion or all.")]
-Chat = Annotated[str, typer.Option(help="Render prompt and completion as chat: auto, on or off.")]
+TrainOn = Annotated[
+    Literal["assistant_all", "assistant_last", "completion", "all"], typer.Option(help="What is trained.")
+]
+Chat = Annotated[Literal["auto", "on", "off"], typer.Option(help="Render prompt and completion as chat.")]
 Format = Annotated[str, typer.Option(help="What a row means; by default detected.")]
 Column = Annotated[list[str] | None, typer.Option("--column", help="OURS=THEIRS, as often as needed.")]
 Split = Annotated[str | None, typer.Option(help="Split of a Hub data set or folder.")]

@@ -17,7 +17,6 @@ from luthier.evaluation.perplexity import context_length
 from luthier.models import structure
 from luthier.models.tokens import end_of_turn
 from luthier.terminal import track
-from luthier.terminal import track
 from luthier.tuning.probe import evaluating
 
 MAX_NEW_TOKENS = 256

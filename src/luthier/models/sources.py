@@ -201,7 +201,7 @@ def _hub(name: str) -> Source:
     if not on_disk and ("/" not in name or not well_formed):
         raise ModelError(
             f"There is no model '{name}': neither an alias, nor a file or folder, nor in the Hub's cache.",
-            fix=did_you_mean(name, ALIASES) + " A model of the Hub is written owner/name.",
+            fix=_near(name) + " A model of the Hub is written owner/name.",
         )
     if not on_disk and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise ModelError(
@@ -220,6 +220,12 @@ def _cached(hub_id: str | None, file: str) -> Path | None:
 
     found = try_to_load_from_cache(str(hub_id), file)
     return Path(found) if isinstance(found, str) else None
+
+
+def _near(name: str) -> str:
+    """The nearest aliases and folders in the working directory, or all aliases."""
+    here = [path.name for path in Path().iterdir() if path.is_dir() or path.suffix == ".gguf"]
+    return did_you_mean(name, nearest(name, [*ALIASES, *here]) or ALIASES)
 
 
 def _beside(path: Path) -> str:

@@ -26,7 +26,7 @@ OWNED = {
     "local_rank": "Start the run with `accelerate launch`.",
     "generation_config": "Write the generation settings of an evaluate stage under its `generation`.",
 }
-# Values outside these make the trainer fail late, or train nothing in silence.
+# Values outside these make the trainer or the generation fail late, or train nothing in silence.
 _AT_LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -37,11 +37,29 @@ _AT_LEAST = {
     "warmup_steps": 0,
     "weight_decay": 0,
     "max_grad_norm": 0,
+    "label_smoothing_factor": 0,
     "logging_steps": 0,
     "eval_steps": 0,
     "save_steps": 0,
     "dataloader_num_workers": 0,
+    "max_new_tokens": 1,
+    "max_length": 1,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "top_k": 0,
+    "top_p": 0,
+    "min_p": 0,
+    "temperature": 0,
+    "repetition_penalty": 0,
+    "no_repeat_ngram_size": 0,
 }
+# GenerationConfig declares no types; these are of the fields that are written often.
+_GENERATION = {
+    "max_new_tokens": "int", "max_length": "int", "min_new_tokens": "int", "num_beams": "int", "top_k": "int",
+    "top_p": "float", "min_p": "float", "temperature": "float", "repetition_penalty": "float",
+    "no_repeat_ngram_size": "int", "do_sample": "bool", "use_cache": "bool",
+}  # fmt: skip
+_ONE_ANSWER = ("num_return_sequences", "return_dict_in_generate")
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "dict": (dict,), "list": (list,),
     "None": (type(None),), "Path": (str,),
@@ -77,6 +95,8 @@ class Argument:
             near = list(nearest(value, self.choices, count=6) or self.choices)
             more = ["..."] if len(near) < len(self.choices) else []
             return f"must be one of {', '.join(near + more)}, not {value!r}"
+        if self.name == "max_steps" and value == 0:
+            return "must be at least 1, or -1 to count epochs, not 0"
         least = _AT_LEAST.get(self.name)
         if least is not None and isinstance(value, int | float) and not value >= least:
             return f"must be at least {least}, not {value!r}"
@@ -124,6 +144,17 @@ def training_fault(name: str, value: Any, objective: str, options: set[str]) -> 
         return f"unknown key '{name}' (not a field of TrainingArguments)", nearest_of(name, valid)
     fault = known[name].fault(value)
     return (fault, known[name].help or None) if fault else None
+
+
+def generation_fault(name: str, value: Any) -> tuple[str, str | None] | None:
+    """What is wrong with `generation: {name: value}` and what to write instead, or None."""
+    known = generation_arguments()
+    if name not in known:
+        return f"unknown key '{name}' (not a field of GenerationConfig)", nearest_of(name, known)
+    if name in _ONE_ANSWER:
+        return f"'{name}' cannot be set: each prompt gets one answer", "Leave it out."
+    fault = Argument(name, _GENERATION[name]).fault(value) if name in _GENERATION else None
+    return (fault, None) if fault else None
 
 
 def nearest_of(name: str, choices: Iterable[str]) -> str:

@@ -156,7 +156,7 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise explain(error, folder) from error
-    with locked(folder):
+    with _told_in_words(folder), locked(folder):
         work = _Work(recipe, folder, models, reuse, force)
         work.prepare(from_stage)
         work.require_resources(ignore_memory, show_plan)
@@ -367,7 +367,8 @@ class _Work:
                 with _told_in_words(session.folder), PeakMemory() as peak:
                     result = stages.find(stage.kind)(stage, context)
             finally:
-                self._note(i, checks=[line.as_dict() for line in lines])
+                # Written with the stage's end: a write of its own could fail and hide what went wrong here.
+                self.record["stages"][i]["checks"] = [line.as_dict() for line in lines]
         artefacts = record_artefacts(session.folder)
         finished = datetime.now().astimezone()
         manifest = Manifest(

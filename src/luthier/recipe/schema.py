@@ -33,7 +33,7 @@ from luthier.data.spec import DataSpec
 from luthier.errors import LuthierError, MethodError, did_you_mean
 from luthier.evaluation.names import METRICS
 from luthier.options import Option
-from luthier.recipe.arguments import generation_arguments, nearest_of, training_fault, training_schema
+from luthier.recipe.arguments import generation_fault, training_fault, training_schema
 
 Task = Literal["causal", "classification", "seq2seq"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -289,14 +289,9 @@ class EvaluateStage(Stage):
     @field_validator("generation")
     @classmethod
     def _known_generation(cls, generation: dict[str, Any]) -> dict[str, Any]:
-        known = generation_arguments()
-        found: list[tuple[tuple[str | int, ...], str, str | None]] = [
-            ((key,), f"unknown key '{key}' (not a field of GenerationConfig)", nearest_of(key, known))
-            for key in generation
-            if key not in known
-        ]
-        if found:
-            raise faults(found, "generation")
+        found = [(key, generation_fault(key, value)) for key, value in generation.items()]
+        if any(text for _, text in found):
+            raise faults([((key,), *text) for key, text in found if text], "generation")
         return generation
 
     @field_validator("expect", mode="before")

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import Trainer, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from luthier.alignment.trainer import trainer as make_trainer
@@ -49,16 +47,14 @@ def run(stage: TuneStage, context: Context) -> StageResult:
         expected_memory=context.expected_memory,
     )
     last = get_last_checkpoint(str(checkpoints)) if context.resume else None
-    seen = 0  # tokens before this session; the checkpoint that knows is removed when newer ones come
     if last is not None:
         log.info("goes on from %s", Path(last).name)
-        seen = TrainerState.load_from_json(f"{last}/{TRAINER_STATE_NAME}").num_input_tokens_seen
     measured = trainer.train(resume_from_checkpoint=last).metrics
     model = trainer.accelerator.unwrap_model(trainer.model)
     learning, total = trainable(model)
     save(model, context.work / ("adapter" if isinstance(model, PeftModel) else "model"), tokenizer)
     return StageResult(
-        metrics=_metrics(measured, trainer, seen),
+        metrics=_metrics(measured, trainer),
         history=trainer.state.log_history,
         details={"best_step": trainer.state.best_global_step} if trainer.state.best_global_step else {},
         trainable=learning,
@@ -67,11 +63,11 @@ def run(stage: TuneStage, context: Context) -> StageResult:
     )
 
 
-def _metrics(measured: dict[str, float], trainer: Trainer, seen: int) -> dict[str, Any]:
+def _metrics(measured: dict[str, float], trainer: Any) -> dict[str, Any]:
     """Of the whole training; the speed is that of the last session."""
     tokens = trainer.state.num_input_tokens_seen
     found: dict[str, Any] = {"steps": trainer.state.global_step, "tokens": tokens}
-    found["tokens_per_second"] = (tokens - seen) / measured["train_runtime"]
+    found["tokens_per_second"] = (tokens - trainer.tokens_before) / measured["train_runtime"]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if losses:
         found["loss"] = losses[-1]

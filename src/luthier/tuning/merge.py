@@ -1,9 +1,10 @@
 """Fold an adapter into the weights of its base, and prove that the merged model is the unmerged one.
 
-Everything is added in fp32 and rounded once. Weights that share one storage (a head tied to the
-embeddings) are merged each by what its own adapter adds; if the results differ, the storage is split and
-the config says so. Plain PEFT adds a tied adapter twice and loses the sharing of an untied one
-(huggingface/peft#2777).
+Everything is added in fp32 and rounded once; where that loses more than a tenth of the adapter's effect, as
+bfloat16 does with a small one, the merge is refused (huggingface/peft#2321). Weights that share one storage
+(a head tied to the embeddings) are merged each by what its own adapter adds; if the results differ, the
+storage is split and the config says so. Plain PEFT adds a tied adapter twice and loses the sharing of an
+untied one (huggingface/peft#2777).
 """
 
 import torch
@@ -50,7 +51,7 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     except ValueError as error:
         raise CheckError(f"The adapter cannot be merged: {error}.") from error
     _join_equal(merged, shared)
-    _prove(probe_logits(merged), adapted, base, EXACT, f"merged = unmerged ({title}, float32)")
+    _prove(probe_logits(merged), adapted, base, title)
     return _finish(merged, own, dtype, adapted, base, title)
 
 
@@ -88,7 +89,7 @@ def combine(model: PeftModel, weights: dict[str, float], dtype: torch.dtype | No
         adapted = probe_logits(model)
         for layer in layers:
             layer.merge(safe_merge=True, adapter_names=[name])
-        _prove(probe_logits(model), adapted, base, EXACT, f"merged = unmerged ({name}, float32)")
+        _prove(probe_logits(model), adapted, base, name)
         for p, original in start.items():
             total[p] += weight * (p.detach() - original)
             p.data = original.clone()  # not unmerge: it would add its own rounding
@@ -137,8 +138,7 @@ def _finish(
         # Rounded, but still computed with in fp32: the probe sees the rounding alone.
         for n, parameter in merged.named_parameters():
             parameter.data = parameter.data.to(final[n]).float()
-        rounded = str(dtype or common).removeprefix("torch.")
-        _prove(probe_logits(merged), adapted, base, ROUNDED, f"merged = unmerged ({title}, {rounded})")
+        _prove(probe_logits(merged), adapted, base, title, dtype or common)
         for n, parameter in merged.named_parameters():
             parameter.data = parameter.data.to(final[n])
     return merged
@@ -192,18 +192,26 @@ def _join_equal(model: nn.Module, shared: list[list[str]]) -> None:
 
 
 def _prove(
-    merged: torch.Tensor, adapted: torch.Tensor, base: torch.Tensor, tolerance: float, name: str
+    merged: torch.Tensor,
+    adapted: torch.Tensor,
+    base: torch.Tensor,
+    title: str,
+    rounded: torch.dtype | None = None,
 ) -> None:
-    """Hold the logits of the merged model against those of the unmerged one."""
+    """Hold the logits of the merged model, perhaps rounded already, against those of the unmerged one."""
+    tolerance = EXACT if rounded is None else ROUNDED
     least = NOISE / tolerance
     effect = adapted - base if distance(adapted, base) > least else least * base
     error = distance(merged, adapted, effect)
+    fix = "Keep the adapter separate (export: {format: adapter}, or luthier.save instead of merge)"
+    if rounded is not None:
+        fix += ", or merge into float32 (export: {dtype: float32}, or merge(model, dtype=torch.float32))"
     checks.record(
         "merge",
-        name,
+        f"merged = unmerged ({title}, {str(rounded or torch.float32).removeprefix('torch.')})",
         error <= tolerance,
         error,
         tolerance,
         "error on a probe relative to the adapter's effect",
-        fix="Keep the adapter separate (export format: adapter), or merge into float32.",
+        fix=f"{fix}.",
     )

@@ -118,6 +118,15 @@ def test_converted_folder_is_ordinary(file):
     assert sources.config(sources.locate(file))["architectures"] == ["LlamaForCausalLM"]
 
 
+def test_a_conversion_says_what_it_does_in_one_line(file, capfd, caplog):
+    caplog.set_level("INFO", logger="luthier.models.gguf")
+    folder = gguf.converted(sources.locate(file))
+    assert caplog.messages[0] == f"converting tiny.gguf to safetensors, once; it is kept in {folder}"
+    assert capfd.readouterr().err == ""
+    AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    assert "Converting" in capfd.readouterr().err  # what it would be without us
+
+
 def test_digits_stand_alone_as_in_the_models_own_tokenizer(file, tiny_tokenizer):
     """The oracle splits as the header says; transformers takes GPT-2's splitting for every model."""
     core = tiny_tokenizer.backend_tokenizer

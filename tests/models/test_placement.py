@@ -9,11 +9,12 @@ from luthier.models.placement import place
 
 @pytest.fixture
 def cpu(monkeypatch):
-    """A machine without accelerator, whose CPU has AMX or not."""
+    """A machine without accelerator, whose CPU has AMX, AVX512-BF16 or neither."""
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
 
-    def choose(amx: bool):
+    def choose(amx: bool, avx512: bool = False):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
 
     return choose
 
@@ -23,8 +24,18 @@ def test_frozen_weights_are_bfloat16_only_where_that_is_fast(cpu):
     found = place(train=False)
     assert (found.dtype, found.device, found.attn, found.autocast) == (torch.bfloat16, "cpu", "sdpa", None)
     assert "AMX" in found.reason
+    cpu(amx=False, avx512=True)
+    assert place(train=False).dtype == torch.bfloat16
     cpu(amx=False)
     assert place(train=False).dtype == torch.float32
+
+
+def test_the_reason_is_said_where_something_was_chosen_only(cpu, caplog):
+    cpu(amx=False)
+    caplog.set_level("INFO", logger="luthier.models")
+    place("float32", "cpu", "sdpa", train=False)
+    assert caplog.messages == []
+    assert place(train=False).reason in caplog.messages
 
 
 def test_weights_that_learn_stay_float32(cpu):

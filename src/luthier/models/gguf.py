@@ -134,7 +134,7 @@ def _convert(path: Path, file: str, folder: Path) -> None:
     found, _ = header(path / file)
     try:
         # Without `dequantize` the weights stay packed, and neither learn nor can be saved.
-        with no_bars():
+        with no_bars(), _bar_of_ours():
             model = AutoModelForCausalLM.from_pretrained(
                 path, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
             )
@@ -151,6 +151,21 @@ def _convert(path: Path, file: str, folder: Path) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     save(model, folder, tokenizer)
+
+
+@contextmanager
+def _bar_of_ours() -> Iterator[None]:
+    """The bar over the tensors: none of transformers' settings silences its own, which is tqdm's itself."""
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    from luthier.terminal import track
+
+    theirs = reading.tqdm
+    reading.tqdm = lambda tensors, **_: track(tensors, "converting")
+    try:
+        yield
+    finally:
+        reading.tqdm = theirs
 
 
 def _set_pre_tokenizer(tokenizer: Any, found: dict[str, Any], path: Path) -> None:

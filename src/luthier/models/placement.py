@@ -59,6 +59,7 @@ def place(
     Raises:
         ModelError: an unknown name, or a device that is not there.
     """
+    news = "auto" in (dtype, device, attn)
     where, why_device = _device(device)
     fast, why_fast = _fast_dtype(where)
     autocast = None
@@ -79,7 +80,7 @@ def place(
     elif attn not in ATTENTION:
         raise ModelError(f"Unknown attention '{attn}'.", fix=did_you_mean(attn, ["auto", *ATTENTION]))
     reason = f"{_name(chosen)} ({why}) on {where} ({why_device}), {attn} attention"
-    log.info("%s", reason)
+    log.log(logging.INFO if news else logging.DEBUG, "%s", reason)
     return Placement(chosen, where, attn, reason, autocast)
 
 

@@ -76,7 +76,7 @@ class Bench:
 
 def plan(disk: int = 0, fits: bool = True) -> SimpleNamespace:
     memory = SimpleNamespace(total=0)
-    parts = [SimpleNamespace(disk_bytes=disk, memory=memory)] * 4
+    parts = [SimpleNamespace(disk_bytes=disk, memory=memory, proofs=())] * 4
     return SimpleNamespace(stages=parts, fits=fits, verdict="It needs 9 GB.", as_dict=lambda: {"fits": fits})
 
 

@@ -85,3 +85,19 @@ def batch(model: nn.Module, count: int = 2, seed: int = 7) -> dict[str, torch.Te
 def logits(model: nn.Module) -> torch.Tensor:
     model.eval()
     return model(**batch(model)).logits.float()
+
+
+def disturb(model: nn.Module, size: float = 0.05, seed: int = 1) -> nn.Module:
+    """Random changes of the weights that learn, as if trained: a fresh adapter has no effect."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += size * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def half(model: nn.Module) -> nn.Module:
+    """bfloat16 weights, as `from_pretrained` gives them: buffers keep their precision."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model

@@ -8,7 +8,7 @@ import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel
+from transformers import AutoModelForCausalLM, BertModel
 
 import luthier
 from luthier import checks
@@ -141,28 +141,6 @@ class TestAdapter:
             n for n, _ in trained.named_parameters() if "lora_" in n
         }
 
-    @pytest.mark.parametrize(
-        ("wrong", "fix"),
-        [
-            ("base.", r"Replace the prefix 'base\.' by 'base_model\.model\.'.*all of them"),
-            ("model.", r"Put the prefix 'base_model\.' before the names.*all of them"),
-            ("", r"Put the prefix 'base_model\.model\.' before the names.*all of them"),
-            ("module.base_model.model.", r"Take the prefix 'module\.' off.*all of them"),
-        ],
-    )
-    def test_wrong_key_prefix_is_refused_with_the_prefix_that_fixes_it(self, folder, adapter, wrong, fix):
-        """PEFT warns and leaves the adapter as it was initialised."""
-        right = "base_model.model."
-        rewrite(
-            adapter / "adapter_model.safetensors",
-            lambda t: {wrong + k.removeprefix(right): v for k, v in t.items()},
-        )
-        base = AutoModelForCausalLM.from_pretrained(folder)
-        with pytest.warns(UserWarning, match="missing adapter keys"):
-            PeftModel.from_pretrained(base, adapter)
-        with pytest.raises(ModelError, match=rf"28 weights are missing.*lora_A.*no place.*{fix}"):
-            luthier.load(adapter)
-
     def test_missing_factor_is_refused(self, adapter):
         rewrite(adapter / "adapter_model.safetensors", lambda t: dict(list(t.items())[1:]))
         with pytest.raises(ModelError, match="1 weights are missing in the file"):
@@ -247,28 +225,6 @@ class TestClassification:
         path = luthier.save(tiny_bert, tmp_path / "m", tiny_tokenizer)
         with pytest.raises(ModelError, match="num_labels"):
             luthier.load(path, task="classification", num_labels=7)
-
-    @pytest.mark.parametrize("pad", ["eos", "none"])
-    def test_end_token_has_a_say_where_pad_was_the_end_token(self, tmp_path, pad):
-        """With pad = eos the class is read one token early, so the end token changes nothing."""
-        tokenizer = tiny.tokenizer(pad=pad)
-        plain = tiny.llama(pad_token_id=tiny.IM_END)
-        path = luthier.save(plain, tmp_path / "m", tokenizer)
-        stock = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2)
-        without, with_end = torch.tensor([[5, 6, 7]]), torch.tensor([[5, 6, 7, tiny.IM_END]])
-        assert torch.allclose(stock(without).logits, stock(with_end).logits, atol=1e-5)
-        model, loaded = luthier.load(path, task="classification", num_labels=2, dtype="float32")
-        assert loaded.pad_token_id != loaded.eos_token_id
-        assert model.config.pad_token_id == loaded.pad_token_id
-        assert not torch.allclose(model(without).logits, model(with_end).logits, atol=1e-2)
-        padded = torch.tensor([[5, 6, 7, tiny.IM_END, loaded.pad_token_id, loaded.pad_token_id]])
-        mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
-        torch.testing.assert_close(
-            model(padded, attention_mask=mask).logits,
-            model(with_end).logits,
-            rtol=1e-4,
-            atol=1e-5,
-        )
 
     @pytest.mark.model
     def test_minilm_gets_a_head(self, minilm):

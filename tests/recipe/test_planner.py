@@ -7,7 +7,7 @@ import tiny
 from typer.testing import CliRunner
 
 from luthier.cli.main import app
-from luthier.errors import ResourceError
+from luthier.errors import CheckError, ResourceError
 from luthier.models.saving import save
 from luthier.recipe import machine, planner
 from luthier.recipe.planner import plan
@@ -59,6 +59,18 @@ def test_every_stage_is_planned(planned):
     assert found.fits
     assert found.verdict.startswith("It fits")
     assert json.loads(json.dumps(found.as_dict()))["stages"][1]["memory_bytes"] == tune.memory.total
+
+
+def test_an_evaluation_of_what_was_trained_on_is_refused_unless_it_comes_before(folder):
+    recipe = load_recipe(folder / "recipe.yaml")
+    assert plan(recipe).stages[0].proofs == ()
+    turned = recipe.model_copy(update={"stages": [recipe.stages[1], recipe.stages[0]]})
+    with pytest.raises(CheckError, match=r"leakage = 40 .*data\.jsonl:1"):
+        plan(turned)
+    tune = recipe.stages[1]
+    tune = tune.model_copy(update={"data": tune.data.model_copy(update={"allow_leakage": True})})
+    (proof,) = plan(recipe.model_copy(update={"stages": [tune, recipe.stages[0]]})).stages[1].proofs
+    assert (proof.name, proof.value, proof.tolerance) == ("train/test leakage", 40, None)
 
 
 @pytest.mark.parametrize(

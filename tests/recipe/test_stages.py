@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import luthier
-from luthier.errors import RecipeError
+from luthier.errors import CheckError, RecipeError
 from luthier.models.saving import save
 from luthier.recipe.runner import run
 
@@ -120,6 +120,60 @@ class TestTune:
             run(recipe(place, TUNE, TUNE, name="twice"))
 
 
+def bad_rows(place: Path, name: str, count: int, **changes) -> str:
+    """A spec of a file with good rows and two bad ones, which are set aside."""
+    write_rows(place / name, [*rows(0, count), {"prompt": "No answer."}, {"prompt": "Nor here."}])
+    return json.dumps({"path": name, "on_bad": "quarantine", "max_bad": 0.5} | changes)
+
+
+class TestData:
+    def test_what_became_of_the_data_is_kept_and_bad_records_lie_in_the_stages_folder(self, place):
+        spec = bad_rows(place, "bad.jsonl", 12, duplicates="drop")
+        write_rows(place / "held.jsonl", rows(200, 4))
+        text = TUNE.replace("train.jsonl", spec).replace("method:", "eval_data: held.jsonl, method:")
+        stage = run(recipe(place, text, name="bad")).stages[0]
+        aside = stage.folder / "rejected.jsonl"
+        assert len(aside.read_text().splitlines()) == 2
+        account = stage.manifest.details["data"]
+        assert (account["read"], account["rows"], account["duplicates"]) == (14, 12, 0)
+        assert sum(account["rejected"].values()) == 2
+        assert account["rejected_file"] == str(aside)
+        assert account["leaked"] == 0
+        assert account["encoding"]["examples"] == 12
+        assert account["encoding"]["truncated"] == account["encoding"]["emptied"] == 0
+        assert stage.manifest.details["eval_data"]["encoding"]["examples"] == 4
+        assert ".partial" not in json.dumps([stage.manifest.checks, stage.manifest.details])
+        assert sorted(p.name for p in place.glob("*rejected*")) == []  # none beside the data
+        assert "eval_loss" in {key for entry in stage.manifest.history for key in entry}
+
+    def test_of_an_evaluation_too(self, place):
+        text = EVALUATE.replace("test.jsonl", bad_rows(place, "test-bad.jsonl", 3))
+        stage = run(recipe(place, text, name="bad-test")).stages[0]
+        assert stage.manifest.details["data"]["rows"] == 3
+        assert (stage.folder / "rejected.jsonl").exists()
+
+    def test_leaks_into_the_held_out_data_are_left_out_by_quarantine(self, place):
+        write_rows(place / "held.jsonl", rows(2, 4))
+        spec = "{path: train.jsonl, on_bad: quarantine, max_bad: 0.5}"
+        text = TUNE.replace("train.jsonl", spec).replace("method:", "eval_data: held.jsonl, method:")
+        account = run(recipe(place, text, name="held")).stages[0].manifest.details["data"]
+        assert (account["rejected"], account["rows"]) == ({"W_LEAK": 4}, 20)
+
+    def test_what_was_trained_on_is_not_measured_and_nothing_runs_before_that_is_known(self, place):
+        write_rows(place / "mixed.jsonl", [*rows(20, 6), *rows(100, 2)])
+        after = EVALUATE.replace("test.jsonl", "mixed.jsonl")
+        with pytest.raises(
+            CheckError, match=r"leakage = 4 .*train\.jsonl:21.*allow_leakage: true.*'evaluate'"
+        ):
+            run(recipe(place, EVALUATE, TUNE, after, name="leak"))
+        assert not list((place / "runs" / "leak").glob("0*"))
+        allowed = after.replace("mixed.jsonl", "{path: mixed.jsonl, allow_leakage: true}")
+        stages = run(recipe(place, after, TUNE, EVALUATE, allowed, name="leak")).stages
+        lines = [[c for c in s.manifest.checks if c["name"] == "train/test leakage"] for s in stages]
+        assert [[c["value"] for c in found] for found in lines] == [[], [], [0], [4]]
+        assert lines[2][0]["tolerance"] == 0
+
+
 class TestEvaluate:
     def test_leaves_a_prediction_for_each_row(self, tuned):
         stage = tuned.stages[0]
@@ -163,7 +217,7 @@ def test_exports_stand_alone_and_are_what_later_stages_read(place):
 def test_classes_are_counted_in_the_data(place):
     write_rows(place / "labels.jsonl", [{"text": f"t {i}", "label": "abc"[i % 3]} for i in range(12)])
     stage = "tune: {data: labels.jsonl, method: METHOD, objective: classification, training: {max_steps: 2}}"
-    evaluate = "evaluate: {data: labels.jsonl, metrics: [accuracy]}"
+    evaluate = "evaluate: {data: {path: labels.jsonl, allow_leakage: true}, metrics: [accuracy]}"
     result = run(recipe(place, evaluate, stage, evaluate, name="classes"))
     model, _ = luthier.load(result.artefact, task="classification")
     assert model.config.num_labels == 3

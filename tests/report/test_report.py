@@ -170,6 +170,37 @@ class TestRun:
         assert re.search(r"Precision in 01-before, 03-after ?float32 \(no fast bf16 here\)", text)
         assert re.search(r"Precision in 02-tune ?float32 \(the weights learn\) on cpu", text)
 
+    def test_it_says_what_became_of_the_data(self, run):
+        fault = {"where": "train.jsonl:7", "code": "E_EMPTY", "reason": "its answer is <empty>"}
+        account = {
+            "type": "messages", "format": "chatml", "read": 1500, "rows": 1490, "duplicates": 6, "dropped": 6,
+            "rejected": {"E_EMPTY": 4}, "faults": [fault], "rejected_file": "02-tune/rejected.jsonl",
+            "noted": {}, "leaked": 0, "unused": ["id"],
+            "encoding": {"examples": 1490, "tokens": 200000, "trained": 50000, "truncated": 3, "emptied": 0,
+                         "max_length": 512, "length_50": 120, "length_99": 300, "longest": 700},
+        }  # fmt: skip
+        manifest = made_runs.tune()
+        manifest["details"]["data"] = account
+        made_runs.write(run / "02-tune" / "manifest.json", manifest)
+        seen = {"type": "messages", "format": "chatml", "read": 200, "rows": 200}
+        for name, made in (("01-before", made_runs.before()), ("03-after", made_runs.after())):
+            made["details"]["data"] = seen
+            made_runs.write(run / name / "manifest.json", made)
+        text = read(write_report(run)).text
+        for words in (
+            "data/tickets/train.jsonl trained on02-tune",
+            "1490 of messages, from 1500 records",
+            "4 E_EMPTY",
+            "6, of which 6 left out",
+            "1490 of 200,000 tokens, 25.0% trained",
+            "3 examples, cut at 512",
+            "02-tune/rejected.jsonl",
+            "train.jsonl:7 E_EMPTY its answer is <empty>",
+            "data/tickets/test.jsonl evaluated01-before, 03-after",
+        ):
+            assert words in text
+        assert "data.read" not in text
+
     def test_text_of_the_data_is_escaped(self, run):
         html = write_report(run).read_text()
         assert "<b>Please</b>" not in html

@@ -25,6 +25,7 @@ from luthier import checks
 from luthier.acceleration import documents, fused_lora, label_only
 from luthier.alignment.reliable import Reliable
 from luthier.data.packing import PackedCollator, PaddedCollator, pack, prove_isolated
+from luthier.data.tokenize import EncodeReport
 from luthier.errors import CheckError
 from luthier.tuning.attach import tuning_of
 
@@ -169,6 +170,7 @@ def build(
     eval_dataset: Dataset | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     expected_memory: int | None = None,
+    encodings: Sequence[EncodeReport] = (),
 ) -> CausalTrainer:
     """The trainer for encoded rows {input_ids, labels}.
 
@@ -198,6 +200,7 @@ def build(
         callbacks=list(callbacks),
         packed=packed,
         expected_memory=expected_memory,
+        encodings=encodings,
     )
 
 

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from luthier.alignment import checkpoints
 from luthier.alignment.callbacks import CleanInterrupt, Divergence, ShowProgress, StepOneProof
+from luthier.data.tokenize import EncodeReport
 from luthier.errors import TrainingError
 from luthier.terminal import no_bars
 from luthier.tuning import hooks
@@ -40,6 +41,7 @@ class Reliable:
     Attributes:
         step_loss: loss of the last step, over its whole accumulated batch.
         interrupted: Ctrl-C ended the last `train()`.
+        encodings: what became of the rows, of the training data and of the held-out data if there are some.
 
     Args:
         expected_memory: estimate of the peak in bytes, for the proof at step 1.
@@ -48,8 +50,15 @@ class Reliable:
     # Our losses are sums over the accumulated batch divided by its number of items.
     loss_is_scaled_for_ga = True
 
-    def __init__(self: Any, *args: Any, expected_memory: int | None = None, **kwargs: Any):
+    def __init__(
+        self: Any,
+        *args: Any,
+        expected_memory: int | None = None,
+        encodings: Sequence[EncodeReport] = (),
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
+        self.encodings = encodings
         self.step_loss = math.nan
         self._step_parts: list[Tensor] = []
         self._eval_sums: list[Tensor] | None = None

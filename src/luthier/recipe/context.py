@@ -8,6 +8,7 @@ saved.
 
 import copy
 import logging
+import os
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -267,7 +268,7 @@ def count_labels(recipe: Recipe) -> int | None:
             continue
         if spec.labels:
             return len(spec.labels)
-        loaded = data.load(spec)
+        loaded = data.load(spec, rejected_file=Path(os.devnull))  # the stage that reads them keeps them
         if loaded.type == "classification":
             return len({row["label"] for row in loaded.records})
     return None

@@ -11,11 +11,12 @@ import statistics
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from luthier.checks import Check
 from luthier.errors import LuthierError, ModelError
 from luthier.evaluation.generation import MAX_NEW_TOKENS
 from luthier.evaluation.likelihood import BLOCK
@@ -23,8 +24,9 @@ from luthier.evaluation.names import METRICS
 from luthier.evaluation.perplexity import WINDOW
 from luthier.models import sources, structure
 from luthier.models.placement import Placement, place
-from luthier.recipe import footprint, machine
+from luthier.recipe import footprint, leakage, machine
 from luthier.recipe.arguments import training_arguments
+from luthier.recipe.leakage import stage_data
 from luthier.recipe.schema import EvaluateStage, ExportStage, Recipe, Stage, TuneStage, is_adapter
 from luthier.recipe.survey import Amount, amount
 from luthier.resources import resident_memory, show_bytes
@@ -60,7 +62,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one stage will take. `detail` says in words what was assumed."""
+    """What one stage will take.
+
+    Attributes:
+        detail: what was assumed, in words.
+        proofs: what was proven of the stage's data before anything is loaded.
+    """
 
     name: str
     kind: str
@@ -71,6 +78,7 @@ class StagePlan:
     disk_bytes: int = 0
     artefact_bytes: int = 0
     detail: str = ""
+    proofs: tuple[Check, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"memory_bytes": self.memory.total}
@@ -143,10 +151,11 @@ def plan(recipe: Recipe) -> Plan:
         ModelError: the model's config is not on this machine and cannot be fetched.
         DataError: a data set cannot be read.
         MethodError: a method cannot be put on this model.
+        CheckError: an evaluation measures what a stage before it trains on.
     """
     base = _Base(recipe)
     with _quietly():
-        stages = [_stage(base, index) for index in range(len(recipe.stages))]
+        stages = _with_proofs(base, [_stage(base, index) for index in range(len(recipe.stages))])
         placement = base.placement(
             train=any(isinstance(s, TuneStage) and not is_adapter(s.method) for s in recipe.stages)
         )
@@ -225,9 +234,10 @@ class _Base:
         )
 
     def amount(self, stage: TuneStage | EvaluateStage) -> Amount:
-        key = stage.data.model_dump_json()
+        held_out = getattr(stage, "eval_data", None)
+        key = stage.data.model_dump_json() + (held_out.model_dump_json() if held_out is not None else "")
         if key not in self.amounts:
-            self.amounts[key] = amount(stage.data, self.source)
+            self.amounts[key] = amount(stage_data(stage)[0], self.source)
         return self.amounts[key]
 
 
@@ -239,6 +249,21 @@ def _stage(base: _Base, index: int) -> StagePlan:
     if isinstance(stage, EvaluateStage):
         return _evaluate(base, stage, tuned)
     return _export(base, stage, tuned)
+
+
+def _with_proofs(base: _Base, plans: list[StagePlan]) -> list[StagePlan]:
+    """The plans; that of an evaluation with the proof that it measures nothing that was trained on."""
+    found = []
+    tunes: list[TuneStage] = []
+    for stage, plan in zip(base.recipe.stages, plans, strict=True):
+        if isinstance(stage, TuneStage):
+            tunes.append(stage)
+        elif isinstance(stage, EvaluateStage):
+            measured = base.amount(stage).prompts
+            proofs = [leakage.prove(tune, stage, base.amount(tune).prompts, measured) for tune in tunes]
+            plan = replace(plan, proofs=tuple(proofs))
+        found.append(plan)
+    return found
 
 
 def _argument(stage: TuneStage, name: str) -> Any:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -350,6 +351,7 @@ class _Work:
         if self.models is None:
             self.models = Models()
         session = folder.begin(identity, resume=i < self.first_forced)
+        planned = self.plan.stages[i] if self.plan is not None else None
         context = Context(
             self.recipe,
             self.folder,
@@ -358,11 +360,13 @@ class _Work:
             upstream,
             tuple(earlier),
             session.has_checkpoint,
-            self.plan.stages[i].memory.total if self.plan is not None else None,
+            planned.memory.total if planned is not None else None,
         )
         started = datetime.now().astimezone()
         release_memory()
         with checks.collect() as lines:
+            for proof in planned.proofs if planned is not None else ():
+                checks.record(**dataclasses.asdict(proof))
             try:
                 with _told_in_words(session.folder), PeakMemory() as peak:
                     result = stages.find(stage.kind)(stage, context)
@@ -371,13 +375,14 @@ class _Work:
                 self.record["stages"][i]["checks"] = [line.as_dict() for line in lines]
         artefacts = record_artefacts(session.folder)
         finished = datetime.now().astimezone()
+        renamed = partial(_renamed, old=str(session.folder), new=str(folder.final))
         manifest = Manifest(
             **identity,
             name=stage.name,
             metrics=result.metrics,
-            checks=[line.as_dict() for line in lines],
+            checks=renamed([line.as_dict() for line in lines]),
             history=result.history,
-            details=_placement(context.placement) | result.details,
+            details=renamed(_placement(context.placement) | result.details),
             seconds=session.seconds_before + (finished - started).total_seconds(),
             sessions=session.number,
             peak_memory_bytes=peak.bytes,
@@ -450,6 +455,15 @@ class _Work:
 
     def _write_record(self) -> None:
         write_json(self.folder / "run.json", self.record)
+
+
+def _renamed(value: Any, old: str, new: str) -> Any:
+    """The value with the new name of a folder wherever a text names it."""
+    if isinstance(value, dict):
+        return {key: _renamed(inner, old, new) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_renamed(inner, old, new) for inner in value]
+    return value.replace(old, new) if isinstance(value, str) else value
 
 
 def _placement(found: "Placement | None") -> dict[str, Any]:

@@ -1,15 +1,12 @@
 """How much data a stage reads: its rows, and their lengths in tokens estimated from a sample."""
 
-import os
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from luthier import checks
-from luthier.data.load import load
-from luthier.data.spec import DataSpec
+from luthier.data.load import Loaded
 from luthier.models.sources import Source
+from luthier.recipe.leakage import prompts
 
 SAMPLE = 64  # rows that are tokenised
 CHARACTERS = 4.0  # of a token, where there is no tokenizer yet
@@ -23,10 +20,12 @@ class Amount:
     Attributes:
         lengths: estimated tokens of each row.
         answers: of them, tokens of the answer (completion or assistant turns); all in plain text.
+        prompts: what identifies each row's prompt.
     """
 
     lengths: list[int]
     answers: list[int]
+    prompts: list[bytes]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -43,21 +42,15 @@ class Amount:
         return sum(self.answers) / max(1, self.tokens)
 
 
-def amount(spec: DataSpec, source: Source) -> Amount:
-    """Read the data set and estimate its tokens.
-
-    Raises:
-        DataError: it cannot be read; better now than when the stage starts.
-    """
-    with checks.collect():  # the proofs belong to the stage that reads the data in earnest
-        rows = load(spec, rejected_file=Path(os.devnull)).records
-    texts = [_texts(row) for row in rows]
+def amount(loaded: Loaded, source: Source) -> Amount:
+    """Estimate the tokens of a data set."""
+    texts = [_texts(row) for row in loaded.records]
     ratio = _characters(tuple("\n".join(parts) for parts, _, _ in texts[:SAMPLE]), _tokenizer(source))
     lengths, answers = [], []
     for parts, answer, messages in texts:
         lengths.append(int(sum(map(len, parts)) / ratio) + MESSAGE * messages)
         answers.append(int(answer / ratio) + 1)
-    return Amount(lengths, [min(a, n) for a, n in zip(answers, lengths, strict=True)])
+    return Amount(lengths, [min(a, n) for a, n in zip(answers, lengths, strict=True)], prompts(loaded))
 
 
 def _texts(row: dict[str, Any]) -> tuple[list[str], int, int]:

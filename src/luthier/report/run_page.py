@@ -33,6 +33,11 @@ _QUANTITIES = (
 )
 
 
+# Parts of a manifest's details that have a place of their own on the page.
+_DATA = {"data": "trained on", "eval_data": "held out"}
+_SHOWN_ELSEWHERE = {"placement", *_DATA}
+
+
 @dataclass(frozen=True)
 class Headline:
     """One metric before and after, with its verdict in words."""
@@ -60,6 +65,7 @@ def page(run: Run) -> dict[str, Any]:
         ],
         "checks": check_lines(run),
         "stages": [stage_view(run, i) for i in range(len(run.stages))],
+        "accounts": accounts(run),
         "curves": [(stage, stage_curves(stage)) for stage in run.of_kind("tune") if stage.history],
         "metrics": metrics_table(run),
         "predictions": example_pages(before, after),
@@ -235,8 +241,64 @@ def stage_view(run: Run, i: int) -> dict[str, Any]:
         "title": title,
         "paper": paper,
         "settings": flat({k: v for k, v in stage.config.items() if k != "name"}),
-        "details": flat({k: v for k, v in (stage.manifest.get("details") or {}).items() if k != "placement"}),
+        "details": flat({k: v for k, v in _details(stage).items() if k not in _SHOWN_ELSEWHERE}),
     }
+
+
+def accounts(run: Run) -> list[dict[str, Any]]:
+    """What became of each stage's data; stages that read the same share one account."""
+    found: list[dict[str, Any]] = []
+    for stage in run.stages:
+        for name, title in _DATA.items():
+            record = _details(stage).get(name)
+            if not isinstance(record, dict):
+                continue
+            title = "evaluated" if name == "data" and stage.kind == "evaluate" else title
+            same = next((a for a in found if a["record"] == record and a["title"] == title), None)
+            if same is not None:
+                same["stages"].append(stage.label)
+                continue
+            path = (stage.config.get(name) or {}).get("path", "")
+            faults = [fault for fault in record.get("faults") or [] if isinstance(fault, dict)]
+            found.append(
+                {"record": record, "title": title, "stages": [stage.label], "path": path, "faults": faults}
+                | {"rows": _account(record)}
+            )
+    return found
+
+
+def _account(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """The numbers of a load and of an encoding in words; what did not occur is left out."""
+    kind = ("conversational " if record.get("conversational") else "") + str(record.get("type", ""))
+    rows = [
+        ("Rows", f"{record.get('rows')} of {kind}, from {record.get('read')} records"),
+        ("Read as", str(record.get("format", ""))),
+        ("Bad records", _codes(record.get("rejected")) or "none"),
+        ("Set aside in", str(record.get("rejected_file") or "")),
+        ("Repaired or remarked", _codes(record.get("noted"))),
+        ("Exact copies", f"{record.get('duplicates', 0)}, of which {record.get('dropped', 0)} left out"),
+        ("Also in the held-out data", "" if record.get("leaked") is None else str(record["leaked"])),
+        ("Columns not used", ", ".join(record.get("unused") or [])),
+    ]
+    encoding = record.get("encoding")
+    if isinstance(encoding, dict) and encoding.get("tokens"):
+        share = encoding.get("trained", 0) / encoding["tokens"]
+        limit = f", cut at {encoding['max_length']}" if encoding.get("max_length") else ""
+        rows += [
+            ("Examples", f"{encoding.get('examples')} of {encoding['tokens']:,} tokens, {share:.1%} trained"),
+            (
+                "Lengths",
+                f"half up to {encoding.get('length_50')} tokens, 99% up to {encoding.get('length_99')}, the "
+                f"longest {encoding.get('longest')}",
+            ),
+            ("Truncated", f"{encoding.get('truncated', 0)} examples{limit}"),
+            ("Left with nothing to learn", f"{encoding.get('emptied', 0)} examples, left out"),
+        ]
+    return [(title, text) for title, text in rows if text]
+
+
+def _codes(counts: Any) -> str:
+    return ", ".join(f"{count} {code}" for code, count in sorted((counts or {}).items()))
 
 
 def flat(record: Any, prefix: str = "") -> list[tuple[str, str]]:
@@ -381,7 +443,7 @@ def _placements(run: Run) -> list[tuple[str, str]]:
     """In what precision, where and with which attention each stage held its model, with the reason."""
     reasons: dict[str, list[str]] = {}
     for stage in run.stages:
-        placement = (stage.manifest.get("details") or {}).get("placement")
+        placement = _details(stage).get("placement")
         if isinstance(placement, dict) and placement.get("reason"):
             reasons.setdefault(str(placement["reason"]), []).append(stage.label)
     if not reasons and (planned := (run.record.get("plan") or {}).get("placement")):
@@ -430,6 +492,10 @@ def recipe_text(recipe: dict[str, Any]) -> str:
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.dump(recipe, stream)
     return stream.getvalue()
+
+
+def _details(stage: Stage) -> dict[str, Any]:
+    return stage.manifest.get("details") or {}
 
 
 def _finite(points: list[charts.Point]) -> list[charts.Point]:

@@ -111,6 +111,7 @@ def trainer(
         compute_metrics=accuracy,
         callbacks=list(callbacks),
         expected_memory=expected_memory,
+        encodings=[part.report for part in (encoded, held_out) if part is not None],
         class_weights=config.class_weights,
     )
 

@@ -72,4 +72,5 @@ def trainer(
         eval_dataset=None if held_out is None else held_out.dataset,
         callbacks=callbacks,
         expected_memory=expected_memory,
+        encodings=[part.report for part in (encoded, held_out) if part is not None],
     )

@@ -106,4 +106,5 @@ def trainer(
         processing_class=tokenizer,
         callbacks=list(callbacks),
         expected_memory=expected_memory,
+        encodings=[part.report for part in (encoded, held_out) if part is not None],
     )

@@ -8,6 +8,7 @@ from luthier import checks
 from luthier.evaluation.evaluate import evaluate
 from luthier.evaluation.names import METRICS
 from luthier.recipe.context import Context
+from luthier.recipe.leakage import stage_data
 from luthier.recipe.schema import EvaluateStage, meets
 from luthier.recipe.stages import StageResult
 
@@ -17,10 +18,11 @@ SEED = 0
 
 def run(stage: EvaluateStage, context: Context) -> StageResult:
     """Metrics with their intervals, and `predictions.jsonl` for the metrics that have one a row."""
+    data, _ = stage_data(stage, context.work)
     model, tokenizer = context.model()
     found = evaluate(
         model,
-        stage.data,
+        data,
         tuple(stage.metrics),
         tokenizer=tokenizer,
         batch_size=stage.batch_size,
@@ -36,6 +38,7 @@ def run(stage: EvaluateStage, context: Context) -> StageResult:
     _compare_with_stated(stage, metrics)
     _compare_with_before(stage, metrics, context)
     details = {"seed": SEED, "predictions": len(found.predictions), **found.details}
+    details["data"] = data.report.as_dict()
     return StageResult(metrics=metrics, details=details)
 
 

@@ -8,9 +8,11 @@ from peft import PeftModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from luthier.alignment.trainer import trainer as make_trainer
+from luthier.data.load import Loaded
 from luthier.errors import RecipeError
 from luthier.models.saving import save
 from luthier.recipe.context import Context
+from luthier.recipe.leakage import stage_data
 from luthier.recipe.schema import TuneStage, is_adapter
 from luthier.recipe.stages import StageResult
 from luthier.tuning.attach import trainable
@@ -34,16 +36,17 @@ def run(stage: TuneStage, context: Context) -> StageResult:
     method = stage.method.method(**stage.method.options)
     objective = stage.objective.method(**stage.objective.options)
     learns = not is_adapter(stage.method)
+    data, held_out = stage_data(stage, context.work)
     model, tokenizer = context.lend(train=learns)
     checkpoints = context.work / "checkpoints"
     trainer = make_trainer(
         objective,
         model,
-        stage.data,
+        data,
         method=method,
         args=stage.training | {"output_dir": str(checkpoints), "seed": context.recipe.seed},
         tokenizer=tokenizer,
-        eval_data=stage.eval_data,
+        eval_data=held_out,
         expected_memory=context.expected_memory,
     )
     last = get_last_checkpoint(str(checkpoints)) if context.resume else None
@@ -56,11 +59,22 @@ def run(stage: TuneStage, context: Context) -> StageResult:
     return StageResult(
         metrics=_metrics(measured, trainer),
         history=trainer.state.log_history,
-        details={"best_step": trainer.state.best_global_step} if trainer.state.best_global_step else {},
+        details=_details(trainer, data, held_out),
         trainable=learning,
         total=total,
         left=(model, tokenizer, learns),
     )
+
+
+def _details(trainer: Any, data: Loaded, held_out: Loaded | None) -> dict[str, Any]:
+    """What became of the data, record by record and row by row; and which checkpoint was the best."""
+    names = {"data": data} if held_out is None else {"data": data, "eval_data": held_out}
+    found: dict[str, Any] = {name: loaded.report.as_dict() for name, loaded in names.items()}
+    for account, encoding in zip(found.values(), trainer.encodings, strict=True):
+        account["encoding"] = encoding.as_dict()
+    if trainer.state.best_global_step:
+        found["best_step"] = trainer.state.best_global_step
+    return found
 
 
 def _metrics(measured: dict[str, float], trainer: Any) -> dict[str, Any]:

@@ -172,6 +172,8 @@ class TestData:
         lines = [[c for c in s.manifest.checks if c["name"] == "train/test leakage"] for s in stages]
         assert [[c["value"] for c in found] for found in lines] == [[], [], [0], [4]]
         assert lines[2][0]["tolerance"] == 0
+        ends = {c["name"] for c in stages[3].manifest.checks if c["when"] == "end"}
+        assert "perplexity not worse than before" in ends  # the first stage measured the same rows
 
 
 class TestEvaluate:

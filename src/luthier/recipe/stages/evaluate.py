@@ -51,8 +51,9 @@ def _compare_with_stated(stage: EvaluateStage, metrics: dict[str, Any]) -> None:
 
 def _compare_with_before(stage: EvaluateStage, metrics: dict[str, Any], context: Context) -> None:
     """Against the first evaluation on the same data: tuning must not have made a metric clearly worse."""
+    measured = _rows(stage.data.model_dump(mode="json"))
     for before in context.earlier:
-        if before.stage != stage.kind or before.config["data"] != stage.data.model_dump(mode="json"):
+        if before.stage != stage.kind or _rows(before.config["data"]) != measured:
             continue
         for name, after in metrics.items():
             if name in before.metrics and name in METRICS:
@@ -67,6 +68,11 @@ def _compare_with_before(stage: EvaluateStage, metrics: dict[str, Any], context:
                     refuse=False,
                 )
         return
+
+
+def _rows(data: dict[str, Any]) -> dict[str, Any]:
+    """What of a data spec decides the rows that are measured."""
+    return {key: value for key, value in data.items() if key != "allow_leakage"}
 
 
 def _clearly_worse(before: dict[str, Any], after: dict[str, Any], higher_is_better: bool) -> bool:

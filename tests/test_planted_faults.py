@@ -1,26 +1,23 @@
 """Faults of today's stack (torch, transformers, PEFT, TRL, datasets), planted, beside what happens here.
 
 Each test first shows that the plain stack goes on with a wrong result, so that it fails on the day that the
-stack is mended; then that ours refuses, or gets it right and leaves its line of proof. The numbers are those
-of the list of measured faults that the design cites.
+stack is mended; then that ours refuses, or gets it right and leaves its line of proof.
 """
 
-import contextlib
 import importlib
 import inspect
 import json
-import re
 import sys
-import warnings
-from dataclasses import dataclass
 
 import peft
+import planted
 import pytest
 import rendering
 import small_training as training
 import tiny
 import torch
 from datasets import Dataset, load_dataset
+from planted import MESSAGES, by_name, effect_lost, far, lora, plain_lora, plants, silence
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -30,11 +27,8 @@ from transformers import (
     DataCollatorForSeq2Seq,
     GenerationConfig,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     Trainer,
 )
-from trl import SFTConfig, SFTTrainer
 
 import luthier
 from luthier import checks
@@ -48,78 +42,13 @@ from luthier.models.saving import verify_export
 from luthier.recipe.source import load_recipe
 from luthier.tuning.merge import combine, merge
 
-
-@dataclass(frozen=True)
-class Fault:
-    """What goes wrong in silence, what ours does, and what comes later, with the method that it is about."""
-
-    wrong: str
-    ours: str = ""
-    later: str = ""
-
-
-FAULTS = {
-    "A1": Fault(
-        "a merge on tied embeddings is another model", "merges each use, unties what differs, proves"
-    ),
-    "A2": Fault(
-        "a method, or a part of it, is selected and does nothing",
-        "refuses patterns without match, says what stays frozen, proves gradients at step 1",
-        later="AdaLoRA's budget and the tuners of experts beyond LoRA: with these methods",
-    ),
-    "A3": Fault(
-        "the loss is on the wrong tokens, or on none", "masks by rendering; proves the trained share"
-    ),
-    "A4": Fault("the template of training is not the one that is served", "saves it; holds the export to it"),
-    "A5": Fault("truncation hides answers and drops rows without a count", "counts, refuses, names a length"),
-    "A6": Fault(
-        "rounding loses what the adapter learnt",
-        "adds in float32, rounds once, refuses above a tenth of the effect and says the two ways out",
-        later="merging on 4-bit weights: with quantisation; a quantised base is refused until then",
-    ),
-    "A7": Fault("weights that do not load stay random", "refuses, with the prefix that would fix the names"),
-    "A8": Fault("a pruned model is dense after LoRA", later="masks come with the pruning methods"),
-    "A9": Fault("results depend on the padding", "a pad token of its own; sides set by the operation"),
-    "A10": Fault("the model never stops", "trains the end token and puts it into the generation config"),
-    "A11": Fault("two beginning-of-text tokens", "one path to tokens; proves that there is at most one"),
-    "A12": Fault("packed documents see each other", "positions restart; proves isolation on the model"),
-    "A13": Fault("accumulated batches are not the large batch", "one mean over all items, in evaluation too"),
-    "A14": Fault("thoughts of earlier turns are trained as they are never served", "renders turn by turn"),
-    "A15": Fault("prefix tuning breaks with caches and checkpointing", later="comes with the prompt methods"),
-    "A16": Fault("an adapter of weight 1.0 is not itself", "sums changes of weights, not factors"),
-    "A17": Fault("the reference of DPO is another model", later="comes with the preference objectives"),
-    "A18": Fault("distillation across vocabularies", later="comes with the distillation methods"),
-    "A19": Fault("data of another tokenizer or mask come from the cache", "the code is part of the key"),
-    "A20": Fault("the adapter is drawn before the seed is set", "seeds, then attaches"),
-    "A21": Fault("unknown keys are ignored", "refuses them with the nearest name"),
-}
-PLANTED: dict[str, list[str]] = {}
-
-
-def plants(*ids):
-    def note(test):
-        for id in ids:
-            PLANTED.setdefault(id, []).append(test.__name__)
-        return test
-
-    return note
+IDS = torch.tensor([[5, 6, 7, 8]])
 
 
 def test_every_fault_is_planted_or_comes_with_a_later_method():
-    assert list(FAULTS) == [f"A{n}" for n in range(1, 22)]
-    assert set(PLANTED) == {id for id, fault in FAULTS.items() if fault.ours}
-    assert all(fault.later for id, fault in FAULTS.items() if id not in PLANTED)
-
-
-# Helpers -------------------------------------------------------------------------------------------------
-
-IDS = torch.tensor([[5, 6, 7, 8]])
-MESSAGES = [
-    {"role": "user", "content": "Question: what is 12 + 30?"},
-    {"role": "assistant", "content": "Answer: 42."},
-    {"role": "user", "content": "Please send my money back."},
-    {"role": "assistant", "content": "The box was empty."},
-]
+    assert list(planted.FAULTS) == [f"A{n}" for n in range(1, 22)]
+    assert set(planted.PLANTED) == {id for id, fault in planted.FAULTS.items() if fault.ours}
+    assert all(fault.later for id, fault in planted.FAULTS.items() if id not in planted.PLANTED)
 
 
 @pytest.fixture(autouse=True)
@@ -148,33 +77,6 @@ def encoded(rows):
 @pytest.fixture
 def base(tmp_path):
     return luthier.save(tiny.llama(), tmp_path / "base", tiny.tokenizer())
-
-
-@contextlib.contextmanager
-def silence():
-    """No warning of Python's inside: what is shown there is silent indeed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        yield
-
-
-def by_name(lines):
-    return {line.name: line for line in lines}
-
-
-def lora(model, size=0.05, **options):
-    """Our LoRA with an effect."""
-    torch.manual_seed(0)
-    return training.disturb(luthier.attach(model, luthier.method("lora")(r=4, **options)), size)
-
-
-def plain_lora(**options):
-    return peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | options)
-
-
-def far(one, other):
-    """Difference of logits relative to the second."""
-    return float(((one - other).norm() / other.norm()).detach())
 
 
 # A1: tied embeddings -------------------------------------------------------------------------------------
@@ -208,23 +110,16 @@ def test_a_misspelt_target_is_left_out():
         luthier.attach(tiny.llama(), luthier.method("lora")(target_modules=["q_proj", "vproj"]))
 
 
-def mixtral():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
-    return MixtralForCausalLM(MixtralConfig(**sizes, **heads))
-
-
 @plants("A2")
 def test_experts_stay_frozen():
     """They are stacked parameters: no module is called down_proj."""
     with silence():
-        plain = peft.get_peft_model(mixtral(), plain_lora(target_modules=["q_proj", "down_proj"]))
+        plain = peft.get_peft_model(planted.mixtral(), plain_lora(target_modules=["q_proj", "down_proj"]))
     assert not any("experts" in name for name, p in plain.named_parameters() if p.requires_grad)
     with pytest.raises(MethodError, match=r"stay frozen.*target_parameters: \[experts.down_proj\]"):
-        luthier.attach(mixtral(), luthier.method("lora")(target_modules=["q_proj", "down_proj"]))
+        luthier.attach(planted.mixtral(), luthier.method("lora")(target_modules=["q_proj", "down_proj"]))
     with checks.collect() as lines:
-        luthier.attach(mixtral(), luthier.method("lora")(target_modules=["q_proj"]))
+        luthier.attach(planted.mixtral(), luthier.method("lora")(target_modules=["q_proj"]))
     share = by_name(lines)["share of the weights adapted"]
     assert share.value < 0.1
     assert "experts stay frozen" in share.detail
@@ -252,21 +147,10 @@ def test_an_adapter_outside_the_forward_pass_never_learns(tmp_path):
 # A3, A5: what is trained ---------------------------------------------------------------------------------
 
 
-def trained_by_trl(found, folder, **options):
-    """What TRL's SFT trains of each row, as text."""
-    settings = {"output_dir": str(folder), "use_cpu": True, "report_to": "none", "bf16": False}
-    tokenizer, data = tiny.tokenizer(), Dataset.from_list(list(found))
-    trainer = SFTTrainer(
-        tiny.llama(), SFTConfig(**settings, **options), train_dataset=data, processing_class=tokenizer
-    )
-    batches = [batch["labels"] for batch in trainer.get_train_dataloader()]
-    return [tokenizer.decode([t for t in row if t >= 0]) for batch in batches for row in batch]
-
-
 @plants("A3")
 def test_turns_of_the_user_are_trained(encoded, tmp_path):
     with silence():
-        [plain] = trained_by_trl([{"messages": MESSAGES}], tmp_path)
+        [plain] = planted.trained_by_trl([{"messages": MESSAGES}], tmp_path)
     assert "Please send my money back." in plain
     with checks.collect() as lines:
         [labels] = encoded(tiny.tokenizer(), [{"messages": MESSAGES}]).dataset["labels"]
@@ -290,7 +174,7 @@ def test_rows_whose_answer_is_cut_off_disappear(encoded, tmp_path):
     short = {"prompt": "Say 1.", "completion": "It is 1."}
     found = [short, {"prompt": "x " * 100, "completion": "It is 2."}]
     with silence():
-        assert trained_by_trl(found, tmp_path, max_length=40) == ["It is 1.<|im_end|>"]
+        assert planted.trained_by_trl(found, tmp_path, max_length=40) == ["It is 1.<|im_end|>"]
     with pytest.raises(DataError, match=r"1 of 2 examples lose all their trained.*a\.jsonl:2") as caught:
         encoded(tiny.tokenizer(), found, max_length=40)
     enough = int(caught.value.fix.split("max_length to ")[1].split(",")[0])
@@ -378,10 +262,6 @@ def test_end_token_is_masked_where_it_is_the_pad_token(encoded):
 SMALL = 0.0005  # the size of an adapter whose effect bfloat16 weights cannot hold
 
 
-def effect_lost(merged, adapted, base):
-    return float((merged - adapted).norm() / (adapted - base).norm())
-
-
 @plants("A6")
 def test_rounding_to_bfloat16_loses_a_small_adapter(tmp_path):
     base = training.logits(training.half(tiny.llama()).float())
@@ -410,11 +290,11 @@ def test_a_merge_that_is_refused_costs_no_training(tmp_path, base):
         "  - tune: {data: t.jsonl, method: lora, training: {max_steps: 1}}\n"
         "  - export: {}\n"
     )
-    with pytest.raises(CheckError, match=r"merged = unmerged \(\w+, bfloat16\).*dtype: float32"):
+    with pytest.raises(CheckError, match=r"merged = unmerged \(lora, bfloat16\).*dtype: float32"):
         luthier.run(recipe)
     again = luthier.run(recipe, overrides=["export.dtype=float32"])
     assert [stage.status for stage in again.stages] == ["unchanged", "done"]
-    assert any(re.match(r"merged = unmerged \(\w+, float32\)", check["name"]) for check in again.checks)
+    assert "merged = unmerged (lora, float32)" in {check["name"] for check in again.checks}
     assert again.passed
 
 
@@ -474,19 +354,6 @@ def test_the_head_of_a_classifier_is_random_after_loading(base, tmp_path):
         loaded, _ = luthier.load(path, task="classification", dtype="float32")
     assert torch.equal(loaded(IDS).logits, tuned(IDS).logits)
     assert by_name(lines)["adapter loaded whole"].passed
-
-
-@plants("A7")
-def test_a_missing_layer_is_filled_with_random_numbers(base):
-    file, name = base / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
-    tensors = load_file(file)
-    save_file({key: tensor for key, tensor in tensors.items() if key != name}, file, {"format": "pt"})
-    (base / "luthier.json").unlink()
-    with silence():
-        plain = AutoModelForCausalLM.from_pretrained(base)
-    assert not torch.equal(plain.get_parameter(name), tensors[name])
-    with pytest.raises(ModelError, match=rf"1 weights are missing in the file: {name}"):
-        luthier.load(base)
 
 
 # A9: padding ---------------------------------------------------------------------------------------------

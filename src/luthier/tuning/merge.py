@@ -8,7 +8,7 @@ untied one (huggingface/peft#2777).
 """
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -39,8 +39,8 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """
     if not isinstance(model, PeftModel):
         return model
-    title = type(tuning_of(model)).__module__.rsplit(".", 1)[-1]
     _require_mergeable(model)
+    title = _title(tuning_of(model))
     own = _to_float32(model)
     adapted = probe_logits(model)
     base = _base_logits(model)
@@ -100,6 +100,12 @@ def combine(model: PeftModel, weights: dict[str, float], dtype: torch.dtype | No
     merged = model.unload()
     _join_equal(merged, shared)
     return _finish(merged, own, dtype, probe_logits(merged), base, " + ".join(weights))
+
+
+def _title(config: PeftConfig) -> str:
+    """The method's name: that of its file, or PEFT's for a config of PEFT's, as a loaded adapter has."""
+    module = type(config).__module__
+    return str(config.peft_type.value).lower() if module.startswith("peft.") else module.rpartition(".")[2]
 
 
 def _to_float32(model: PeftModel) -> dict[str, torch.dtype]:

@@ -1,8 +1,6 @@
 """`luthier data show|check` print what the model sees and what is wrong, and end with the right status."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import rendering
@@ -112,32 +110,6 @@ def test_check_writes_bad_records_on_request(luthier, file, tmp_path):
         tmp_path / "r.jsonl",
     )
     assert json.loads((tmp_path / "r.jsonl").read_text())["code"] == "E_KEYS"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("show", "missing.jsonl"), "There is no data file"),
-        (("check", "missing.jsonl"), "There is no data file"),
-        (("show", "FILE", "--column", "prompt"), "is not OURS=THEIRS"),
-        (("show", "FILE", "--column", "promt=q"), "'promt' is no field of ours"),
-        (("show", "FILE", "--format", "alpacca"), "Did you mean 'alpaca'"),
-        (("show", "FILE", "--start", "9"), "has 1 rows"),
-    ],
-)
-def test_mistakes_are_one_paragraph_and_status_2(file, arguments, message):
-    path = str(file({"prompt": "Hi", "completion": "Yo"}))
-    command = [
-        sys.executable,
-        "-m",
-        "luthier.cli.main",
-        "data",
-        *(path if a == "FILE" else a for a in arguments),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
 
 
 def test_tickets_are_written(luthier, tmp_path):

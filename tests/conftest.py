@@ -1,6 +1,7 @@
 """Fixtures that every test may ask for. torch is imported inside them: many tests need none of it."""
 
 import importlib.util
+import logging
 import os
 from pathlib import Path
 
@@ -10,6 +11,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # as many workers as cores: threads of torch would only fight
+
+
+@pytest.fixture(autouse=True)
+def quiet_log():
+    """The command line sets up the log for its process; a test that calls it must not do so for the others."""
+    yield
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if type(h).__module__ == "rich.logging"]:
+        root.removeHandler(handler)
+    logging.getLogger("luthier").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture(autouse=True)
 def quiet_log():
-    """The command line sets up the log for its process; a test that calls it must not do so for the others."""
+    """The command line sets up the log for its process; a test that calls it must not for the others."""
     yield
     root = logging.getLogger()
     for handler in [h for h in root.handlers if type(h).__module__ == "rich.logging"]:

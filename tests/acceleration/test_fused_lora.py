@@ -174,6 +174,21 @@ def test_dropout_is_fused_in_evaluation_and_not_in_training(monkeypatch):
     assert not calls
 
 
+def test_fused_inside_leaves_a_model_as_it_was():
+    model = adapted(tiny.llama())
+
+    def count():
+        return sum("forward" in module.__dict__ for module in model.modules())
+
+    with fused_lora.fused(model) as report:
+        assert count() == report.fused > 0
+    assert count() == 0
+    fuse(model)
+    with fused_lora.fused(model):
+        pass
+    assert count() == report.fused  # an evaluation in the middle of a training takes nothing away
+
+
 def test_a_copied_model_uses_its_own_weights():
     model = adapted(tiny.llama())
     fuse(model)

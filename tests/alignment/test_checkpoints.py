@@ -31,8 +31,8 @@ def test_a_whole_one_passes_and_so_does_one_without_record(checkpoint):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("optimizer.pt", b"stale" + b"state" * 99, r"optimizer\.pt is damaged.*another checksum"),
-        ("optimizer.pt", b"state" * 50, r"optimizer\.pt is damaged.*250 bytes, not 500"),
+        ("optimizer.pt", b"stale" + b"state" * 99, r"optimizer\.pt is not as it was saved.*checksum"),
+        ("optimizer.pt", b"state" * 50, r"optimizer\.pt is not as it was saved.*250 bytes, not 500"),
         ("inner/shard", None, r"inner/shard is missing"),
         ("luthier.json", b'{"files": {', r"luthier\.json cannot be read"),
     ],

@@ -355,7 +355,7 @@ class TestDamagedFiles:
         checkpoint = tmp_path / "runs/demo/01-tune.partial/checkpoints/checkpoint-4"
         flip(checkpoint / file)
         refusal = luthier("run", "tune.yaml").refusal()
-        assert f"{checkpoint / file} is damaged" in refusal
+        assert f"{checkpoint / file} is not as it was saved" in refusal
         assert f"Delete the folder {checkpoint} to go on from checkpoint-2." in refusal
         shutil.rmtree(checkpoint)
         result = luthier("run", "tune.yaml")

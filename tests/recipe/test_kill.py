@@ -15,8 +15,9 @@ import killing
 import pytest
 import tiny
 
+from luthier.files import hash_file
 from luthier.models.saving import save
-from luthier.recipe.manifest import Manifest, hash_file
+from luthier.recipe.manifest import Manifest
 
 RECIPE = """\
 name: demo

@@ -10,7 +10,7 @@ import pytest
 
 from luthier.errors import ResourceError
 from luthier.recipe import manifest
-from luthier.recipe.manifest import Manifest, StageFolder, differences, hash_file, locked, write_json
+from luthier.recipe.manifest import Manifest, StageFolder, differences, hash_once, locked, write_json
 
 
 def make(folder: StageFolder, identity: dict, content: str) -> Manifest:
@@ -139,7 +139,7 @@ class TestReasons:
         assert manifest.damage(folder.final, result) is None
         weights = folder.final / "model" / "weights"
         weights.write_text("abcX")  # same size, one byte flipped
-        assert "model/weights was changed" in manifest.damage(folder.final, result)
+        assert "model/weights is not as it was saved" in manifest.damage(folder.final, result)
         weights.unlink()
         assert "model/weights is missing" in manifest.damage(folder.final, result)
 
@@ -147,12 +147,12 @@ class TestReasons:
 def test_a_hash_follows_the_content(tmp_path):
     path = tmp_path / "data"
     path.write_text("one")
-    first = hash_file(path)
+    first = hash_once(path)
     path.write_text("two!")
-    assert hash_file(path) != first
+    assert hash_once(path) != first
     path.write_text("one")
     os.utime(path, ns=(1, 1))
-    assert hash_file(path) == first
+    assert hash_once(path) == first
 
 
 def test_copying_a_stage_of_another_run_gives_a_whole_folder(folder, tmp_path):

@@ -94,7 +94,7 @@ class TestWhatRuns:
         (bench.place / "02-out" / "model" / "config.json").write_text("tuna")
         result = bench.again()
         assert bench.ran == ["02-out"]  # what comes out is what it was, so 03 still holds
-        assert "model/config.json was changed" in result.stages[1].reason
+        assert "model/config.json is not as it was saved" in result.stages[1].reason
 
     @pytest.mark.parametrize("name", ["out", "2", "02-out", "export"])
     def test_from_a_stage_named_in_any_way(self, bench, name):

@@ -73,11 +73,13 @@ def unfuse(model: nn.Module) -> None:
 @contextmanager
 def fused(model: nn.Module) -> Iterator[Fusion]:
     """Inside, every plain LoRA layer of `model` runs as one operation."""
+    before = any(isinstance(m, LoraLayer) and "forward" in m.__dict__ for m in model.modules())
     report = fuse(model)
     try:
         yield report
     finally:
-        unfuse(model)
+        if not before:  # whoever fused it already, such as a trainer, goes on with it
+            unfuse(model)
 
 
 def lora_linear(

@@ -8,19 +8,15 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from luthier import files
 from luthier.errors import ModelError, TrainingError
 from luthier.models import sources
-from luthier.models.saving import hash_file
 
 
 def seal(folder: Path) -> None:
     """Write the record of a finished checkpoint: every file with its size and SHA-256."""
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    (folder / sources.RECORD).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+    record = {"files": files.listing(folder, folder.rglob("*"))}
+    (folder / sources.RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 def require_whole(folder: Path) -> None:
@@ -30,20 +26,12 @@ def require_whole(folder: Path) -> None:
         TrainingError: a file is missing or is not as it was written.
     """
     try:
-        files = sources.record(folder).get("files", {})
+        listed = sources.record(folder).get("files", {})
     except ModelError as error:
         raise TrainingError(error.message, fix=_way_on(folder)) from error
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise TrainingError(f"{path} is missing.", fix=_way_on(folder))
-        size = path.stat().st_size
-        if size != expected["bytes"] or hash_file(path) != expected["sha256"]:
-            sizes = f"{size} bytes, not {expected['bytes']}"
-            difference = sizes if size != expected["bytes"] else "another checksum"
-            raise TrainingError(
-                f"{path} is damaged: it is not as it was written ({difference}).", fix=_way_on(folder)
-            )
+    if found := files.damage(folder, listed):
+        path, how = found
+        raise TrainingError(f"{path} {how}.", fix=_way_on(folder))
 
 
 def _way_on(folder: Path) -> str:

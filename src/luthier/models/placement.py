@@ -8,8 +8,9 @@ backward of 4 x 256 tokens, two threads (`benchmarks/dtype_cpu.py`):
     AVX512-BF16 (EPYC, Zen 4)     7.83 s     3.57 s      3.83 s
     AVX512 only                   3.71 s    12.19 s     12.58 s
 
-The last row is the first CPU with its newer instructions hidden. Hiding AMX alone made it slower in bfloat16
-(5.17 s) than in float32, but no CPU of that make is sold so.
+The last row is the first CPU with its newer instructions hidden. With AMX alone hidden, bfloat16 took 5.17 s
+there, longer than float32; whether an Intel CPU that has AVX512-BF16 and no AMX (Cooper Lake) is as slow was
+not measured.
 """
 
 import logging

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import luthier
-from luthier import checks
+from luthier import checks, files
 from luthier.errors import ModelError
 from luthier.models import sources, structure, tokens
 from luthier.resources import explain
@@ -191,15 +191,15 @@ def _in_fresh_process(request: dict[str, Any], inputs: dict[str, Tensor]) -> tup
         save_file(
             {key: value.cpu().contiguous() for key, value in inputs.items()}, place / "inputs.safetensors"
         )
-        files = [str(place / file) for file in ("request.json", "inputs.safetensors", "answer.safetensors")]
+        paths = [str(place / file) for file in ("request.json", "inputs.safetensors", "answer.safetensors")]
         # -I: neither the working directory nor PYTHONPATH can lend the folder what it lacks.
-        done = subprocess.run([sys.executable, "-I", str(SCRIPT), *files], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-I", str(SCRIPT), *paths], capture_output=True, text=True)
         if done.returncode:
             raise ModelError(
                 f"{request['folder']} cannot be loaded in a fresh process: "
                 + " ".join(done.stderr.strip().splitlines()[-3:])[-800:]
             )
-        with safe_open(files[-1], framework="pt") as file:
+        with safe_open(paths[-1], framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
 
 
@@ -243,25 +243,13 @@ def check_files(folder: Path) -> None:
             raise ModelError(
                 f"{path} is damaged ({path.stat().st_size} bytes): {error}.", fix="Copy or save it again."
             ) from error
-    for name, expected in written.items():
-        path = folder / name
-        if path.suffix != ".safetensors":
-            continue
-        if not path.is_file():
-            raise ModelError(f"{path} is missing; {sources.RECORD} lists it.", fix="Copy or save it again.")
-        size = path.stat().st_size
-        if size != expected["bytes"] or hash_file(path) != expected["sha256"]:
-            raise ModelError(
-                f"{path} is not as it was saved: {size} bytes with another checksum than {sources.RECORD} "
-                f"states ({expected['bytes']} bytes, {expected['sha256'][:12]}…).",
-                fix=f"Copy or save it again; if it was changed on purpose, delete {folder / sources.RECORD}.",
-            )
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    weights = {name: entry for name, entry in written.items() if name.endswith(".safetensors")}
+    if found := files.damage(folder, weights):
+        path, how = found
+        raise ModelError(
+            f"{path} {how}; {sources.RECORD} lists it.",
+            fix=f"Copy or save it again; if it was changed on purpose, delete {folder / sources.RECORD}.",
+        )
 
 
 def _require_free(folder: Path) -> None:
@@ -297,10 +285,7 @@ def _record(model: nn.Module, draft: Path) -> dict[str, Any]:
         record["base"] = _base(model)
         if record["task"] == "classification":
             record["id2label"] = base.config.id2label
-    record["files"] = {
-        path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-        for path in sorted(draft.iterdir())
-    }
+    record["files"] = files.listing(draft, draft.iterdir())
     return record
 
 

@@ -23,6 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from luthier import files
 from luthier.errors import ResourceError
 
 LIBRARIES = ("luthier", "torch", "transformers", "peft", "trl")
@@ -88,8 +89,8 @@ class Manifest:
 
     def output_hash(self) -> str:
         """The hash by which a later stage knows this one's output: identity and artefacts."""
-        files = {path: entry["sha256"] for path, entry in self.artefacts.items()}
-        return hash_json({"identity": self.identity(), "artefacts": files})
+        hashes = {path: entry["sha256"] for path, entry in self.artefacts.items()}
+        return hash_json({"identity": self.identity(), "artefacts": hashes})
 
 
 class StageFolder:
@@ -169,26 +170,15 @@ class Session:
     has_checkpoint: bool
 
 
-def record_artefacts(folder: Path, names: tuple[str, ...] = ("model", "adapter")) -> dict[str, dict]:
-    """{path relative to `folder`: {sha256, bytes}} of the files in its artefact folders."""
-    found = {}
-    for name in names:
-        for path in sorted((folder / name).rglob("*")):
-            if path.is_file():
-                relative = path.relative_to(folder).as_posix()
-                found[relative] = {"sha256": hash_file(path), "bytes": path.stat().st_size}
-    return found
+def record_artefacts(folder: Path, names: tuple[str, ...] = ("model", "adapter")) -> files.Listing:
+    """The files in the artefact folders of `folder`, with size and checksum."""
+    return files.listing(folder, (path for name in names for path in (folder / name).rglob("*")))
 
 
 def damage(folder: Path, manifest: Manifest) -> str | None:
     """How the artefacts in `folder` differ from those recorded, in words, or None."""
-    for relative, entry in manifest.artefacts.items():
-        path = folder / relative
-        if not path.is_file():
-            return f"{relative} is missing"
-        if path.stat().st_size != entry["bytes"] or hash_file(path) != entry["sha256"]:
-            return f"{relative} was changed after it was written"
-    return None
+    found = files.damage(folder, manifest.artefacts)
+    return f"{found[0].relative_to(folder).as_posix()} {found[1]}" if found else None
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -227,19 +217,18 @@ def versions() -> dict[str, str]:
 _hashes: dict[tuple[str, int, int], str] = {}
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's content; read once in a process while its size and time stay the same."""
+def hash_once(path: Path) -> str:
+    """`files.hash_file`, read once in a process while the file's size and time stay the same."""
     stat = path.stat()
     key = (os.path.realpath(path), stat.st_size, stat.st_mtime_ns)
     if key not in _hashes:
-        with path.open("rb") as file:
-            _hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        _hashes[key] = files.hash_file(path)
     return _hashes[key]
 
 
 def hash_files(paths: list[Path], root: Path) -> str:
     """One hash of several files: of their contents and their names relative to `root`."""
-    return hash_json({os.path.relpath(path, root): hash_file(path) for path in sorted(paths)})
+    return hash_json({os.path.relpath(path, root): hash_once(path) for path in sorted(paths)})
 
 
 def hash_json(value: Any) -> str:

@@ -1,6 +1,7 @@
 """Peak memory is that of its block; a folder that cannot be written and a full disk are found beforehand."""
 
 import errno
+import mmap
 import os
 import shutil
 import subprocess
@@ -19,8 +20,9 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="the peak of a block 
 
 
 def take(megabytes: int) -> None:
-    block = bytearray(megabytes * MB)
-    block[::4096] = b"\1" * len(block[::4096])  # touch each page, or it is never resident
+    # Mapped afresh: the heap could hand out a hole of another test, which is resident already.
+    with mmap.mmap(-1, megabytes * MB) as block:
+        block[::4096] = b"\1" * (megabytes * MB // 4096)  # touch each page, or it is never resident
 
 
 @linux

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from luthier.acceleration import half_attention
 from luthier.models import structure
 from luthier.tuning.probe import evaluating
 
@@ -57,13 +58,20 @@ def documents_attention(
         # split, not slices: its gradient is one concatenation, that of a slice a row of zeros a document.
         parts = (t[row : row + 1].split(lengths, dim=2) for t in (query, key, value))
         documents = [
-            F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
-            ).transpose(1, 2)
-            for q, k, v in zip(*parts, strict=True)
+            _attend(q, k, v, dropout, scaling).transpose(1, 2) for q, k, v in zip(*parts, strict=True)
         ]
         outputs.append(torch.cat(documents, dim=1))  # (1, seq, heads, dim)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None) -> Tensor:
+    """One document: causal attention, (1, heads, seq, dim)."""
+    if not dropout and half_attention.pays(query, value):
+        return half_attention.half_attention(query, key, value, scaling)
+    grouped = key.shape[1] != query.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+    )
 
 
 def documents_mask(

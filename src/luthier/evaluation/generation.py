@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
+from luthier.acceleration.last_column import last_column
 from luthier.errors import DataError, MethodError
 from luthier.evaluation.perplexity import context_length
 from luthier.models import structure
@@ -60,7 +61,7 @@ def generate(
     found: list[Answer | None] = [None] * len(prompts)
     # Longest first: a batch that is too large for the memory fails at once and not after an hour.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    with evaluating(model):
+    with evaluating(model), last_column(model):
         for start in track(range(0, len(order), batch_size), "answers"):
             batch = order[start : start + batch_size]
             for i, new in zip(batch, _batch(model, [prompts[i] for i in batch], config), strict=True):

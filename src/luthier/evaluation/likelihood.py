@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.acceleration.last_column import last_column
 from luthier.models import structure
 from luthier.terminal import track
 from luthier.tuning.probe import evaluating
@@ -30,7 +31,7 @@ def token_log_probs(
     """
     found: list[Tensor] = [torch.empty(0)] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]), reverse=True)
-    with evaluating(model):
+    with evaluating(model), last_column(model):
         for start in track(range(0, len(order), batch_size), "likelihood"):
             batch = order[start : start + batch_size]
             values = _batch(model, [sequences[i] for i in batch])

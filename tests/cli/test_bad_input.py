@@ -227,6 +227,8 @@ OVERRIDES = [
     ("model=./bsae", "Model './bsae' does not exist", "Did you mean 'base'?"),
     ("model=someone/nothing", "There is no model 'someone/nothing'", "(smollm2-135m, minilm)"),
     ("model.dtype=float31", "model.dtype must be 'auto', 'float32'", "Did you mean 'float32'"),
+    ("model.device=cudda", "model.device must be a device, not 'cudda'", "Did you mean 'cuda'?"),
+    ("model.attn=spda", "must be an implementation of attention, not 'spda'", "Did you mean 'sdpa'?"),
     ("seed=-1", "seed must be greater than or equal to 0, not -1", ""),
     ("sed=1", "nothing in the recipe is called 'sed'", "Did you mean 'seed'?"),
     ("tune.method.r", "is not key=value", "Write tune.training.max_steps=20"),
@@ -281,12 +283,10 @@ def test_targets_that_match_nothing(luthier, verb):
     assert "Target 'vproj' matches no layer of LlamaForCausalLM. Did you mean 'v_proj'" in refusal
 
 
-@pytest.mark.parametrize(
-    ("override", "found"),
-    [("model.device=cudda", "Unknown device 'cudda'"), ("model.attn=spda", "Did you mean 'sdpa'?")],
-)
-def test_places_that_do_not_exist(luthier, override, found):
-    assert found in luthier("plan", "tune.yaml", override).refusal()
+def test_a_device_that_is_not_on_this_machine(luthier, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available=False: None)
+    refusal = luthier("plan", "tune.yaml", "model.device=cuda:1").refusal()
+    assert "Device 'cuda:1' is not available (found: cpu only). Write device: auto." in refusal
 
 
 class TestRecipeFile:
@@ -300,6 +300,7 @@ class TestRecipeFile:
             (TUNE.replace("r: 4", "r: -1"), "r.yaml:6: stages.0.tune.method.r must be >= 1, not -1"),
             (TUNE.replace("lora", "lorra"), "r.yaml:6: There is no method 'lorra' in tuning. Did you mean"),
             (TUNE.replace("name: base", "name: ./bsae"), "r.yaml:2: Model './bsae' does not exist"),
+            (TUNE.replace("device: cpu", "device: cpuu"), "r.yaml:2: model.device must be a device, not"),
             (TUNE.replace("  - tune", "  - tuen"), "r.yaml:4: unknown key 'tuen' in stages.0. Did you"),
         ],
     )  # fmt: skip

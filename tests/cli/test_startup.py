@@ -57,7 +57,8 @@ def test_answers_without_heavy_imports(arguments):
 
 
 def test_validate_does_not_import_them_either(recipe):
-    code, heavy, out = run("validate", recipe, "tune.method.r=4")
+    settings = ("tune.method.r=4", "model.device=cuda:1", "model.attn=flash_attention_2")
+    code, heavy, out = run("validate", recipe, *settings)
     assert code == 0
     assert heavy == []
     assert "lora(r=4) by sft on train.jsonl" in out

@@ -60,10 +60,10 @@ def test_what_is_given_is_taken(cpu):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "bfloat"}, "Unknown dtype.*'bfloat16'"),
-        ({"device": "gpu"}, "Unknown device 'gpu'"),
+        ({"dtype": "bfloat"}, "dtype must be a dtype, not 'bfloat'.*'bfloat16'"),
+        ({"device": "gpu"}, "device must be a device, not 'gpu'.*'cuda'"),
         ({"device": "cuda"}, "not available.*cpu only"),
-        ({"attn": "flash"}, "Unknown attention.*flash_attention_2"),
+        ({"attn": "flash"}, "must be an implementation of attention, not 'flash'.*flash_attention_2"),
     ],
 )
 def test_unknown_names_are_refused(cpu, options, message):

@@ -18,13 +18,10 @@ from dataclasses import dataclass
 
 import torch
 
-from luthier.errors import ModelError, did_you_mean
+from luthier.errors import ModelError
+from luthier.models import names
 
 log = logging.getLogger("luthier.models")
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 
 
 @dataclass(frozen=True)
@@ -67,36 +64,33 @@ def place(
     if isinstance(dtype, torch.dtype):
         dtype = _name(dtype)
     if dtype != "auto":
-        name = SHORT.get(dtype, dtype)
-        if name not in DTYPES:
-            raise ModelError(f"Unknown dtype '{dtype}'.", fix=did_you_mean(dtype, ["auto", *DTYPES, *SHORT]))
-        chosen, why = DTYPES[name], "as asked"
+        _refuse("dtype", names.dtype_fault(dtype))
+        chosen, why = getattr(torch, names.SHORT.get(dtype, dtype)), "as asked"
     elif train and fast != torch.float32:
         chosen, autocast = torch.float32, fast
         why = f"the weights learn; products in {_name(fast)} ({why_fast})"
     else:
         chosen, why = fast, why_fast
-    if attn == "auto":
-        attn = "sdpa"
-    elif attn not in ATTENTION:
-        raise ModelError(f"Unknown attention '{attn}'.", fix=did_you_mean(attn, ["auto", *ATTENTION]))
+    _refuse("attn", names.attention_fault(attn))
+    attn = "sdpa" if attn == "auto" else attn
     reason = f"{_name(chosen)} ({why}) on {where} ({why_device}), {attn} attention"
     log.log(logging.INFO if news else logging.DEBUG, "%s", reason)
     return Placement(chosen, where, attn, reason, autocast)
 
 
+def _refuse(name: str, fault: names.Fault | None) -> None:
+    if fault is not None:
+        raise ModelError(f"{name} {fault[0]}.", fix=fault[1])
+
+
 def _device(device: str) -> tuple[str, str]:
+    _refuse("device", names.device_fault(device))
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device == "auto":
         if accelerator is None:
             return "cpu", "no accelerator found"
         return accelerator.type, "the accelerator found"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ModelError(
-            f"Unknown device '{device}'.", fix="Write auto, cpu, cuda, cuda:1 or mps."
-        ) from error
+    kind = device.partition(":")[0]
     if kind != "cpu" and (accelerator is None or accelerator.type != kind):
         raise ModelError(
             f"Device '{device}' is not available (found: {accelerator.type if accelerator else 'cpu only'}).",

@@ -5,15 +5,14 @@ choices are therefore those of the installed version, whichever it is.
 """
 
 import ast
-import importlib.util
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from luthier.errors import ResourceError, did_you_mean, nearest
+from luthier.errors import did_you_mean, nearest
+from luthier.installed import class_in, source
 
 # Set by the recipe itself or by the runner; a second place to set them would contradict the first.
 OWNED = {
@@ -115,9 +114,9 @@ def training_arguments(seq2seq: bool = False) -> dict[str, Argument]:
 @cache
 def generation_arguments() -> frozenset[str]:
     """The names that `transformers.GenerationConfig` takes: what its `__init__` pops from its keywords."""
-    tree = _parse("transformers", "generation/configuration_utils.py")
+    tree = source("transformers", "generation/configuration_utils.py")
     found = set()
-    for node in ast.walk(_function(_class(tree, "GenerationConfig"), "__init__")):
+    for node in ast.walk(_function(class_in(tree, "GenerationConfig"), "__init__")):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "kwargs.pop":
             name = ast.literal_eval(node.args[0])
             if not name.startswith("_") and name != "transformers_version":
@@ -194,10 +193,10 @@ def training_schema() -> dict[str, Any]:
 
 
 def _fields(package: str, file: str, name: str) -> dict[str, Argument]:
-    tree = _parse(package, file)
-    enums = _enums(tree) | _enums(_parse("transformers", "trainer_utils.py"))
+    tree = source(package, file)
+    enums = _enums(tree) | _enums(source("transformers", "trainer_utils.py"))
     found = {}
-    for node in _class(tree, name).body:
+    for node in class_in(tree, name).body:
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
         metadata = _metadata(node.value)
@@ -259,17 +258,5 @@ def _alternatives(annotation: str) -> list[str]:
     return [ast.unparse(node), *reversed(parts)]
 
 
-def _class(tree: ast.Module, name: str) -> ast.ClassDef:
-    return next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-
-
 def _function(node: ast.ClassDef, name: str) -> ast.FunctionDef:
     return next(child for child in node.body if isinstance(child, ast.FunctionDef) and child.name == name)
-
-
-@cache
-def _parse(package: str, file: str) -> ast.Module:
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ResourceError(f"The package {package} is not installed.", fix=f"pip install {package}")
-    return ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text(encoding="utf-8"))

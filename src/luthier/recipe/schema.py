@@ -6,7 +6,7 @@ key, its kind: `- tune: {data: train.jsonl, method: lora}`; in Python it is a `T
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
@@ -32,6 +32,7 @@ from luthier import taxonomy
 from luthier.data.spec import DataSpec
 from luthier.errors import LuthierError, MethodError, did_you_mean
 from luthier.evaluation.names import METRICS
+from luthier.models.names import attention_fault, device_fault
 from luthier.options import Option
 from luthier.recipe.arguments import generation_fault, training_fault, training_schema
 
@@ -67,6 +68,17 @@ def _plain_name(name: str) -> str:
 PlainName = Annotated[str, AfterValidator(_plain_name)]
 
 
+def _known(find: Callable[[str], tuple[str, str] | None]) -> AfterValidator:
+    """A string that is one of some names; `find` says what is wrong with it and what to write instead."""
+
+    def check(name: str) -> str:
+        if found := find(name):
+            raise fault(*found)
+        return name
+
+    return AfterValidator(check)
+
+
 class Strict(BaseModel):
     """No unknown keys and no conversion between types."""
 
@@ -82,10 +94,10 @@ class ModelSpec(Strict):
     """What the model does; by default as the objective or the metrics ask."""
     dtype: Dtype = "auto"
     """Precision of the weights; auto picks the fastest that is safe on this machine."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto picks a GPU where there is one."""
-    attn: str = "auto"
-    """Attention implementation of transformers, such as sdpa or eager."""
+    device: Annotated[str, _known(device_fault)] = "auto"
+    """cpu, cuda, cuda:1, mps, xpu; auto picks a GPU where there is one."""
+    attn: Annotated[str, _known(attention_fault)] = "auto"
+    """Attention of transformers (sdpa, eager, flash_attention_2 ...), or a kernel of the Hub."""
     trust_remote_code: bool = False
     """Run Python code that comes with a Hub model. Only for code that you have read."""
     num_labels: int | None = Field(None, ge=1)

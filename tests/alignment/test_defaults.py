@@ -7,7 +7,7 @@ from peft import get_peft_model
 from sft_problems import lora
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from luthier.alignment import defaults
+from luthier.alignment import defaults, trackers
 from luthier.alignment.defaults import arguments
 from luthier.errors import RecipeError
 from luthier.models.placement import Placement
@@ -78,3 +78,13 @@ def test_an_unknown_argument_is_refused_with_the_nearest():
 def test_a_value_that_transformers_refuses_is_explained():
     with pytest.raises(RecipeError, match="transformers refuses"):
         arguments({"lr_scheduler_type": "zigzag"}, tiny.llama())
+
+
+@pytest.mark.parametrize("report_to", ["wandb", ["tensorboard"]])
+def test_a_tracker_that_is_not_installed_is_refused_in_python_too(monkeypatch, report_to):
+    monkeypatch.setattr(trackers, "_there", lambda module: False)
+    for given in ({"report_to": report_to}, TrainingArguments(report_to=report_to, use_cpu=True)):
+        with pytest.raises(
+            RecipeError, match=r"The tracker \w+ is not installed. pip install (wandb|tensorb)"
+        ):
+            arguments(given, tiny.llama())

@@ -221,6 +221,8 @@ OVERRIDES = [
     ("tune.training.learning_rate=-1", "learning_rate must be at least 0, not -1", ""),
     ("tune.training.lerning_rate=1", "unknown key 'lerning_rate'", "'learning_rate'"),
     ("tune.training.save_strategy=sometimes", "must be one of no, steps, epoch, best, not 'sometimes'", ""),
+    ("tune.training.report_to=wandbb", "'wandbb' is no tracker to report to", "Did you mean 'wandb'"),
+    ("tune.training.report_to=[none, clearmi]", "'clearmi' is no tracker", "Did you mean 'clearml'?"),
     ("tune.objective=stf", "There is no method 'stf' in alignment", "'sft'"),
     ("tune.data=trian.jsonl", "there is no data file trian.jsonl", "'train.jsonl'"),
     ("model=bsae", "There is no model 'bsae'", "Did you mean 'base'?"),
@@ -246,6 +248,21 @@ def test_overrides(luthier, override, found, fix):
     assert luthier("run", "tune.yaml", override).refusal() == refusal
 
 
+def test_a_tracker_that_is_not_installed(luthier, monkeypatch):
+    """Told before anything is loaded: the trainer would end in a traceback, with the model in memory."""
+    monkeypatch.setattr("luthier.alignment.trackers._there", lambda module: False)
+    for report_to, found in [
+        ("wandb", "The tracker wandb is not installed. pip install wandb, or leave 'wandb' out"),
+        ("[none, comet_ml]", "The tracker comet_ml is not installed. pip install comet-ml, or"),
+    ]:
+        override = f"tune.training.report_to={report_to}"
+        refusal = luthier("validate", "tune.yaml", override).refusal()
+        assert f"override '{override}': {found}" in refusal
+        result = luthier("run", "tune.yaml", override)
+        assert result.refusal() == refusal
+        assert "because" not in result.err, "no stage has begun"
+
+
 @pytest.mark.parametrize(
     ("setting", "found"),
     [
@@ -265,7 +282,6 @@ def test_settings_of_generation(luthier, setting, found):
     [
         ("tune.training.lr_scheduler_type=cosine_with_min_lr", "One of min_lr or min_lr_rate should be set"),
         ("tune.training.adam_beta1=2", "Invalid beta parameter"),
-        ("tune.training.report_to=wandbb", "wandbb is not supported"),
     ],
 )
 def test_what_only_transformers_can_judge_is_told_in_its_words(luthier, override, found):

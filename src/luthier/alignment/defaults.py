@@ -18,8 +18,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
 
+from luthier.alignment import trackers
 from luthier.errors import RecipeError, did_you_mean
 from luthier.models.placement import place
 
@@ -44,6 +44,7 @@ def arguments(
         RecipeError: an unknown argument, or a value that transformers refuses.
     """
     if isinstance(given, TrainingArguments):
+        _require_trackers(given)
         if not torch.accelerator.is_available():
             given.dataloader_pin_memory = False  # it does nothing there, and torch warns of it
         if kind is Seq2SeqTrainingArguments and not isinstance(given, kind):
@@ -57,10 +58,16 @@ def arguments(
             )
     try:
         made = kind(**(_defaults(model, given, evaluates) | given))
-        get_reporting_integration_callbacks(made.report_to)  # an unknown name would fail later only
-        return made
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"transformers refuses the training arguments: {error}") from error
+    _require_trackers(made)
+    return made
+
+
+def _require_trackers(args: TrainingArguments) -> None:
+    """The Trainer would find out late, and in a traceback."""
+    if found := trackers.unknown(args.report_to) or trackers.missing(args.report_to):
+        raise RecipeError(f"{found[0]}.", fix=found[1])
 
 
 def _defaults(model: nn.Module, given: dict[str, Any], evaluates: bool) -> dict[str, Any]:

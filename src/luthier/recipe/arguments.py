@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from luthier.alignment import trackers
 from luthier.errors import did_you_mean, nearest
 from luthier.installed import class_in, source
 
@@ -141,8 +142,9 @@ def training_fault(name: str, value: Any, objective: str, options: set[str]) -> 
             )
         valid = set(known) - set(OWNED)
         return f"unknown key '{name}' (not a field of TrainingArguments)", nearest_of(name, valid)
-    fault = known[name].fault(value)
-    return (fault, known[name].help or None) if fault else None
+    if fault := known[name].fault(value):
+        return fault, known[name].help or None
+    return trackers.unknown(value) if name == "report_to" else None
 
 
 def generation_fault(name: str, value: Any) -> tuple[str, str | None] | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from luthier.alignment import trackers
 from luthier.data.spec import DataSpec
 from luthier.errors import LuthierError, did_you_mean, nearest
 from luthier.evaluation.names import METRICS
@@ -137,6 +138,8 @@ def _tune(draft: Draft, place: tuple[str | int, ...], stage: TuneStage) -> Itera
             "the best model is not known without evaluation",
             fix,
         )
+    if found := trackers.missing(training.get("report_to")):
+        yield (*place, "training", "report_to"), *found
     if training.get("bf16") and training.get("fp16"):
         yield (*place, "training", "fp16"), "bf16 and fp16 exclude each other", "Keep one."
 

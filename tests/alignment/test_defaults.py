@@ -1,5 +1,7 @@
 """The defaults fit the model at hand, a given argument wins, and a wrong one is refused by its name."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -7,6 +9,7 @@ from peft import get_peft_model
 from sft_problems import lora
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+import luthier
 from luthier.alignment import defaults, trackers
 from luthier.alignment.defaults import arguments
 from luthier.errors import RecipeError
@@ -61,13 +64,27 @@ def test_every_argument_of_transformers_can_be_given():
     assert arguments({"predict_with_generate": True}, tiny.t5(), kind=kind).predict_with_generate
 
 
-def test_a_given_object_is_taken_as_it_is():
+def test_a_given_object_is_copied_and_its_values_taken():
     given = TrainingArguments(learning_rate=0.5, report_to="none", use_cpu=True, output_dir="x")
-    assert arguments(given, tiny.llama()) is given
-    wider = arguments(given, tiny.t5(), kind=Seq2SeqTrainingArguments)
-    assert isinstance(wider, Seq2SeqTrainingArguments)
-    assert wider.learning_rate == 0.5
-    assert wider.use_cpu
+    for model, kind in ((tiny.llama(), TrainingArguments), (tiny.t5(), Seq2SeqTrainingArguments)):
+        found = arguments(given, model, kind=kind)
+        assert found is not given
+        assert type(found) is kind
+        assert (found.learning_rate, found.use_cpu, found.output_dir) == (0.5, True, "x")
+
+
+def test_a_trainer_leaves_the_callers_arguments_as_they_were(tmp_path, monkeypatch):
+    """The same object may serve several runs, of other trainers too, which want unused columns removed."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    given = TrainingArguments(use_cpu=True, dataloader_pin_memory=True, output_dir=str(tmp_path))
+    before = copy.deepcopy(given.to_dict())
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
+    trainer = luthier.trainer(
+        "sft", tiny.llama(), tmp_path / "rows.jsonl", args=given, tokenizer=tiny.tokenizer()
+    )
+    assert given.to_dict() == before
+    assert not trainer.args.remove_unused_columns
+    assert not trainer.args.dataloader_pin_memory
 
 
 def test_an_unknown_argument_is_refused_with_the_nearest():

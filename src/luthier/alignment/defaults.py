@@ -1,6 +1,6 @@
 """Training arguments: all of transformers', with defaults that fit the model at hand.
 
-A mapping is completed with the defaults below; a `TrainingArguments` object is taken as it is.
+A mapping is completed with the defaults below; of a `TrainingArguments` object a copy is taken as it is.
 
     learning_rate     2e-4 for an adapter, 2e-5 for the model's own weights
     bf16              products in bfloat16 where the model's own weights learn in float32 and it is fast here
@@ -11,6 +11,7 @@ A mapping is completed with the defaults below; a `TrainingArguments` object is 
     report_to         nobody, unless asked
 """
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -45,11 +46,12 @@ def arguments(
     """
     if isinstance(given, TrainingArguments):
         _require_trackers(given)
-        if not torch.accelerator.is_available():
-            given.dataloader_pin_memory = False  # it does nothing there, and torch warns of it
+        own = copy.copy(given)  # trainers set some of them, and the caller may use the object again
         if kind is Seq2SeqTrainingArguments and not isinstance(given, kind):
-            return kind(**{f.name: getattr(given, f.name) for f in dataclasses.fields(given) if f.init})
-        return given
+            own = kind(**{f.name: getattr(given, f.name) for f in dataclasses.fields(given) if f.init})
+        if not torch.accelerator.is_available():
+            own.dataloader_pin_memory = False  # it does nothing there, and torch warns of it
+        return own
     given = dict(given or {})
     for name in given:
         if name not in kind.__dataclass_fields__:

@@ -26,7 +26,7 @@ from luthier.tuning.probe import evaluating
 
 NAME = "documents"
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-TOLERANCE_HALF = 0.02
+TOLERANCE_HALF = 0.08  # of SmolLM2 in bfloat16: rounding alone 0.03, attention across documents 0.2
 
 
 def document_lengths(positions: Tensor) -> list[int]:

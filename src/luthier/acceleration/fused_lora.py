@@ -52,7 +52,7 @@ def fuse(model: nn.Module) -> Fusion:
     for module in model.modules():
         if not isinstance(module, LoraLayer):
             continue
-        reason = _why_not(module)
+        reason = why_not(module)
         if reason is None:
             module.forward = MethodType(_forward, module)  # a bound method follows the module when copied
             report.fused += 1
@@ -106,40 +106,68 @@ class _LoraLinear(torch.autograd.Function):
         ctx.dtype_x, ctx.scaling = x.dtype, scaling
         with torch.autocast(device, enabled=False):
             rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, in)
-            u = rows @ a.to(dtype).t()  # (N, r)
-            y = nn.functional.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
-            y.addmm_(u, b.to(dtype).t(), alpha=scaling)
+            y, u = product(rows, weight, bias, a, b, scaling)
         ctx.save_for_backward(rows, u, weight, a, b)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        g = grad.reshape(-1, grad.shape[-1])
+        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])
         rows, u, weight, a, b = ctx.saved_tensors
-        g = grad.reshape(-1, grad.shape[-1]).to(rows.dtype)  # (N, out)
-        v = (g @ b.to(g.dtype)).mul_(ctx.scaling)  # (N, r)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = (g @ weight.to(g.dtype)).addmm_(v, a.to(g.dtype))
+        dx, da, db = gradients(g, rows, u, weight, a, b, ctx.scaling, needed)
+        if dx is not None:
             dx = dx.view(*grad.shape[:-1], dx.shape[-1]).to(ctx.dtype_x)
-        da = (v.t() @ rows).to(a.dtype) if ctx.needs_input_grad[3] else None
-        # (r, out) and then transposed: the product with the long side last is the faster one.
-        db = (u.t() @ g).mul_(ctx.scaling).t().to(b.dtype) if ctx.needs_input_grad[4] else None
         return dx, None, None, da, db, None
+
+
+def product(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """y (N, out) and u (N, r) of rows (N, in), in their dtype."""
+    dtype = rows.dtype
+    u = rows @ a.to(dtype).t()
+    y = nn.functional.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+    return y.addmm_(u, b.to(dtype).t(), alpha=scaling), u
+
+
+def gradients(
+    grad: Tensor,
+    rows: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx (N, in), dA and dB for the gradient (N, out) of `product`; None for what is not needed."""
+    g = grad.to(rows.dtype)
+    v = (g @ b.to(g.dtype)).mul_(scaling)  # (N, r)
+    dx = (g @ weight.to(g.dtype)).addmm_(v, a.to(g.dtype)) if needed[0] else None
+    da = (v.t() @ rows).to(a.dtype) if needed[1] else None
+    # (r, out) and then transposed: the product with the long side last is the faster one.
+    db = (u.t() @ g).mul_(scaling).t().to(b.dtype) if needed[2] else None
+    return dx, da, db
 
 
 def _forward(self: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`forward` of a fused layer; what has changed since (disabled, merged) is left to PEFT."""
-    if args or kwargs or _why_not(self) is not None:
+    if args or kwargs or why_not(self) is not None:
         return type(self).forward(self, x, *args, **kwargs)
-    name = self.active_adapters[0]
-    layer = self.base_layer
-    weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
-    a, b = self.lora_A[name].weight, self.lora_B[name].weight
-    return lora_linear(x, weight, layer.bias, a, b, self.scaling[name])
+    return lora_linear(x, *factors(self))
 
 
-def _why_not(layer: LoraLayer) -> str | None:
+def factors(layer: Linear) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
+    """W (out, in), bias (out,), A (r, in), B (out, r) and s of a layer that `why_not` has nothing against."""
+    name = layer.active_adapters[0]
+    base = layer.base_layer
+    weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+    return weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+
+
+def why_not(layer: LoraLayer) -> str | None:
     """Why a layer cannot run fused now, or None."""
     if type(layer) is not Linear:
         return f"{type(layer).__name__} layer"

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 
 from luthier import checks
-from luthier.acceleration import documents, fused_lora, label_only
+from luthier.acceleration import documents, fused_lora, fused_mlp, fused_norm, label_only
 from luthier.alignment.reliable import Reliable
 from luthier.data.packing import PackedCollator, PaddedCollator, pack, prove_isolated
 from luthier.data.tokenize import EncodeReport
@@ -81,6 +81,8 @@ class CausalTrainer(Reliable, Trainer):
             self._accelerated = True
             stack.callback(setattr, self, "_accelerated", False)
             fusion = stack.enter_context(fused_lora.fused(self.model))
+            stack.enter_context(fused_mlp.fused(self.model))
+            stack.enter_context(fused_norm.fused(self.model))
             self._slow_loss = self._why_slow_loss()
             slow_attention = documents.why_not(self.model) if self._packed else "rows hold one document"
             if slow_attention is None:

@@ -1,0 +1,72 @@
+"""RMS normalisation under a frozen weight that keeps its input as it came, not a float32 copy.
+
+Source: Zhang & Sennrich, 2019, "Root Mean Square Layer Normalization", arXiv 1910.07467.
+
+    n = x / sqrt(mean(x^2) + eps)    y = w * n            x (..., hidden), in float32 from x to n
+    dx = (g' - n mean(g' n)) / sqrt(mean(x^2) + eps),     g' = w * dy
+
+transformers writes it in single operations, whose backward needs x in float32: in SmolLM2-135M twice 2.3 KB a
+token and block, a seventh of all activations.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+@contextmanager
+def fused(model: nn.Module) -> Iterator[int]:
+    """Inside, every RMS norm of `model` whose weight is frozen runs as one operation. Yields their number."""
+    found = [m for m in model.modules() if "forward" not in m.__dict__ and why_not(m) is None]
+    for module in found:
+        module.forward = MethodType(_forward, module)
+    try:
+        yield len(found)
+    finally:
+        for module in found:
+            del module.forward
+
+
+@torch.no_grad()
+def why_not(module: nn.Module) -> str | None:
+    """Why a module is no RMS norm as above, or None. Tried on one row: it must come out bit by bit."""
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or not isinstance(eps, float):
+        return "no RMS norm"
+    if weight.requires_grad:
+        return "its weight learns"
+    if not torch.is_floating_point(weight) or weight.is_meta:
+        return "its weight holds no numbers"
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, len(weight), generator=generator).to(weight)
+    if not torch.equal(_forward(module, x), type(module).forward(module, x)):
+        return "norm of another kind"
+    return None
+
+
+def _forward(self: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = _RMSNorm.apply(x, self.weight, self.variance_epsilon)
+    return y
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)  # (..., 1)
+        ctx.save_for_backward(x, inverse, weight)
+        return weight * (wide * inverse).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, inverse, weight = ctx.saved_tensors
+        g = (grad * weight).float()
+        n = x.float().mul_(inverse) if x.dtype != torch.float32 else x * inverse
+        g -= n.mul_((g * n).mean(-1, keepdim=True))
+        return g.mul_(inverse).to(x.dtype), None, None

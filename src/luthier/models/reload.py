@@ -3,7 +3,8 @@
     python -I reload.py REQUEST.json INPUTS.safetensors ANSWER.safetensors
 
 `luthier.models.saving.verify_export` starts it and compares. Nothing of luthier can be imported here: the
-folder must stand on its own.
+folder must stand on its own. The exception is an adapter of a type that only `import luthier.tuning` makes
+PEFT know, as a user of it must write too.
 """
 
 import json
@@ -25,6 +26,9 @@ def load_model(request: dict[str, Any]) -> Any:
         return base.to(request["device"]).eval()
     from peft import PeftModel
 
+    if request["ours"]:
+        del sys.modules["luthier"]
+        import luthier.tuning  # noqa: F401
     model = PeftModel.from_pretrained(base.to(request["device"]), request["adapter"])
     return model.eval()
 

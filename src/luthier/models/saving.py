@@ -29,6 +29,7 @@ from luthier.errors import ModelError
 from luthier.models import sources, structure, tokens
 from luthier.resources import explain
 from luthier.terminal import no_bars
+from luthier.tuning import registration
 from luthier.tuning.hooks import save_adapter
 from luthier.tuning.probe import distance, evaluating, probe_inputs
 from luthier.tuning.residual import changes_base
@@ -174,6 +175,7 @@ def _request(
         "folder": str(folder),
         "base": base.name_or_path if adapter else str(folder),
         "adapter": str(folder) if adapter else None,
+        "ours": adapter and registration.is_ours(model.peft_config[model.active_adapter].peft_type),
         "class": AUTO_CLASSES[structure.task(model)] if remote else type(base).__name__,
         "options": options,
         "device": str(base.device),

@@ -17,6 +17,7 @@ from luthier.errors import CheckError, MethodError, did_you_mean
 from luthier.tuning.attach import tuning_of
 from luthier.tuning.groups import require_untieable
 from luthier.tuning.probe import distance, probe_logits
+from luthier.tuning.tuner import DeltaTuner
 
 EXACT = 1e-3
 ROUNDED = 0.1
@@ -158,6 +159,8 @@ def _require_mergeable(model: PeftModel) -> None:
             "The base is quantised: merging would round most of the adapter away.",
             fix="Load the base in its original precision with the adapter, and merge there.",
         )
+    if isinstance(model.base_model, DeltaTuner):
+        model.base_model.require_mergeable()
 
 
 def _split_shared(model: PeftModel) -> list[list[str]]:

@@ -1,6 +1,6 @@
 """How much faster is training with a frozen trunk when the trunk's activations are kept on disk?
 
-    python benchmarks/trunk_cache.py [--rows 64] [--epochs 4]
+    python benchmarks/trunk_cache.py [--rows 32] [--epochs 4]
 
 Trains the same rows for a few epochs without and with `cache_trunk`, on an encoder (MiniLM, SST-2, eight
 times as many rows) and a decoder (SmolLM2-135M, GSM8K). Prints the wall time of the training with everything
@@ -46,7 +46,7 @@ def minilm(rows):
 
 
 def smollm2(rows):
-    model, tokenizer = load("smollm2-135m", dtype="float32", train=True)
+    model, tokenizer = load("smollm2-135m", train=True)
     spec = {"path": str(DATA / "gsm8k_train.jsonl"), "limit": rows}
     return model, tokenizer, encode(read(spec), tokenizer, max_length=512).dataset
 
@@ -86,7 +86,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=4)
     given = parser.parse_args()
     print("| case | without, s | with, s | faster | first epoch | later epochs | cache, MB | difference |")

@@ -94,7 +94,7 @@ def why_not(model: nn.Module) -> str | None:
     Tried on a row of two documents: the logits must be those under the block-diagonal mask.
     """
     base = structure.base(model)
-    if base.config._attn_implementation != "sdpa":
+    if _under_prompts(base.config._attn_implementation)[0] != "sdpa":
         return f"{base.config._attn_implementation} attention was chosen"
     table = base.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
@@ -115,8 +115,16 @@ def by_documents(model: nn.Module) -> Iterator[None]:
     """Inside, packed rows are attended document by document."""
     base = structure.base(model)
     before = base.config._attn_implementation
-    base.set_attn_implementation(NAME)
+    base.set_attn_implementation(_under_prompts(before)[1])
     try:
         yield
     finally:
         base.set_attn_implementation(before)
+
+
+def _under_prompts(name: str) -> tuple[str, str]:
+    """The attention under learnt prompts, where there are some, and its counterpart by documents."""
+    from luthier.tuning import attention_prompts  # stands on this file
+
+    inner = attention_prompts.underlying(name)
+    return inner, NAME if inner == name else attention_prompts.over(NAME)

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from luthier import checks
-from luthier.acceleration.fused_lora import fuse
+from luthier.acceleration import fused_lora, fused_mlp, fused_norm
 from luthier.acceleration.losses import BLOCK, CACHE_ROWS
 from luthier.models import structure
 from luthier.models.placement import Placement
@@ -122,9 +122,8 @@ def simulate(
     if checkpointing:
         inner.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         inner.enable_input_require_grads()
-    fuse(model)
     causal = inner.base_model is not inner and inner.get_output_embeddings() is not None
-    with FakeTensorMode():
+    with fused_lora.fused(model), fused_mlp.fused(model), fused_norm.fused(model), FakeTensorMode():
         _make_fake(model)
         model.train()
         with FlopCounterMode(display=False) as counter, _Ledger() as ledger:

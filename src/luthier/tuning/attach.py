@@ -55,7 +55,7 @@ def attach(model: nn.Module, config: Any) -> nn.Module:
     before = probe_logits(model)
     if isinstance(config, PeftConfig):
         model = adapt(model, config)
-        exact = not config.is_prompt_learning
+        exact = not is_prompt(config) and getattr(config, "starts_as_base", True)
     elif hasattr(config, "apply"):
         model = config.apply(model)
         model.luthier_tuning = config
@@ -79,6 +79,11 @@ def tuning_of(model: nn.Module) -> Any:
     if isinstance(model, PeftModel):
         return model.peft_config[model.active_adapter]
     return getattr(model, "luthier_tuning", None)
+
+
+def is_prompt(config: PeftConfig) -> bool:
+    """Whether the method learns a prompt: no change of weights, and no identity at the start."""
+    return config.is_prompt_learning or getattr(config, "is_soft_prompt", False)
 
 
 def trainable(model: nn.Module) -> tuple[int, int]:
@@ -117,9 +122,11 @@ def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
     try:
         with no_peft_warnings():
             adapted = get_peft_model(model, config)
+    except MethodError:
+        raise
     except ValueError as error:
         raise MethodError(f"PEFT cannot put {type(config).__name__} on this model: {error}.") from error
-    if not config.is_prompt_learning:
+    if not is_prompt(config):
         _report_coverage(adapted, config, patterns, total)
     return adapted
 

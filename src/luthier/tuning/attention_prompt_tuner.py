@@ -1,0 +1,266 @@
+"""The tuner of the methods that learn keys and values (`attention_prompts.py`), and their configs."""
+
+import copy
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from peft import PeftConfig
+from peft.utils.other import _prepare_prompt_learning_config
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from luthier.errors import MethodError, ModelError
+from luthier.models import tokens
+from luthier.tuning.attention_prompts import (
+    AttentionPrompt,
+    Reparametrisation,
+    Site,
+    find_sites,
+    over,
+    recording,
+    run_recorded,
+    underlying,
+)
+from luthier.tuning.soft_prompts import PromptConfig, PromptTuner, device_of
+
+
+@dataclass
+class AttentionPromptConfig(PromptConfig):
+    """What the engine reads; a method declares as options what its users may choose.
+
+    Attributes:
+        prefix_projection: the prompt is made by an MLP of hidden width `encoder_hidden_size`.
+        init_std: of a prompt that learns directly.
+        init_text: its keys and values start the prompt.
+        prompt_dropout: on keys and values of the prompt, in training.
+        shift_positions: the text begins at position P.
+    """
+
+    prefix_projection: bool = False
+    encoder_hidden_size: int = 512
+    init_std: float = 1.0
+    init_text: str | None = None
+    prompt_dropout: float = 0.0
+    shift_positions: bool = True
+
+    @classmethod
+    def plain(cls, **options: Any) -> "AttentionPromptConfig":
+        """A config of prompts that learn directly, as files of PEFT's have them."""
+        return cls(prefix_projection=False, init_text=None, **options)
+
+    def layers(self, count: int) -> range:
+        """Which of the `count` layers of each kind get prompts."""
+        return range(count)
+
+    def check_model(self, model: nn.Module) -> None:
+        find_sites(model)
+
+
+class AttentionPromptTuner(PromptTuner):
+    """Puts an `AttentionPrompt` into every attention module that the config asks for."""
+
+    layers: list[AttentionPrompt]
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self._sites = find_sites(model)
+        self.layers = []
+        trunk = model.base_model
+        self._positions = inspect.signature(trunk.forward).parameters.get("position_ids") is not None
+        self._limit, self._first = _learnt_positions(trunk)
+        self._hook = trunk.register_forward_pre_hook(self._shift, with_kwargs=True)
+        model.set_attn_implementation(over(underlying(model.config._attn_implementation)))
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        peft_config.target_modules = {site.path for site in self._chosen(peft_config)}
+        # A loaded prompt is there already, and the planner's model has no numbers.
+        wanted = peft_config.init_text is not None and not peft_config.inference_mode
+        self._start = {}
+        if wanted and device_of(model).type != "meta":
+            self._start = text_pairs(model, peft_config.init_text, peft_config.num_virtual_tokens)
+
+    def _chosen(self, config: PeftConfig) -> list[Site]:
+        counts = {site.kind: site.layer + 1 for site in self._sites}
+        return [site for site in self._sites if site.layer in config.layers(counts[site.kind])]
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        site = next(site for site in self._sites if site.path == current_key)
+        name = f"{self.prefix}prompt"
+        layer = getattr(target, name, None)
+        if layer is None:
+            layer = AttentionPrompt(site)
+            setattr(target, name, layer)
+            self.layers.append(layer)
+        self._add(layer, adapter_name, peft_config)
+        base = next(target.parameters())
+        layer.to(base.device, torch.float64 if base.dtype == torch.float64 else torch.float32)
+        layer.train(target.training)
+        if self._start:
+            layer.start_from(adapter_name, self._start[site.path])
+
+    def _add(self, layer: AttentionPrompt, adapter: str, config: AttentionPromptConfig) -> None:
+        if not config.prefix_projection:
+            layer.add_table(adapter, config.num_virtual_tokens, config.init_std, config.prompt_dropout)
+            return
+        same = [other for other in self.layers if other.site.kind == layer.site.kind]
+        shared = next((other.reparametrisation(adapter) for other in same if other.has(adapter)), None)
+        owns = shared is None
+        if shared is None:
+            width = self.model.get_input_embeddings().weight.shape[1]
+            shared = Reparametrisation(config.num_virtual_tokens, width, config.encoder_hidden_size)
+        layer.add_head(adapter, shared, owns=owns, dropout=config.prompt_dropout)
+
+    # Positions ------------------------------------------------------------------------------------------
+
+    def _shift(self, trunk: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        """The text's positions begin at P, as behind a cache of that length."""
+        length = max((layer.length() for layer in self.layers), default=0)
+        if not self._positions or not length or not self._shifts() or recording():
+            return None
+        text = args[0] if args else kwargs.get("input_ids")
+        if text is None:
+            text = kwargs["inputs_embeds"]
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        if self._limit is not None and past + text.shape[1] + length > self._limit:
+            raise ModelError(
+                f"A text of {past + text.shape[1]} tokens behind a prompt of {length} does not fit into the "
+                f"{self._limit} positions of {type(trunk).__name__}.",
+                fix=f"Cut texts to {self._limit - length} tokens, or shorten num_virtual_tokens.",
+            )
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = self._first + _positions(kwargs.get("attention_mask"), text, past)
+        return args, kwargs | {"position_ids": positions + length}
+
+    def _shifts(self) -> bool:
+        return all(self.peft_config[name].shift_positions for name in self.active_adapters)
+
+    # Files ----------------------------------------------------------------------------------------------
+
+    def folded(self, adapter: str) -> dict[str, Tensor]:
+        paths = {module: path for path, module in self.model.named_modules()}
+        return {
+            f"base_model.model.{paths[layer]}.table": layer.pairs(adapter).detach()
+            for layer in self._holding(adapter)
+        }
+
+    def folded_config(self, adapter: str) -> PeftConfig:
+        config = copy.deepcopy(self.peft_config[adapter])
+        config.prefix_projection = False
+        return config
+
+    def to_peft(self, adapter: str) -> tuple[PeftConfig, Tensor] | None:
+        config, layers = self.peft_config[adapter], self._holding(adapter)
+        site = layers[0].site
+        settings = self.model.config.get_text_config()
+        same = (
+            [layer.site.path for layer in layers] == [site.path for site in self._sites]
+            and all((s.kind, s.heads, s.key_dim, s.value_dim) == _uniform(site) for s in self._sites)
+            and config.shift_positions
+            and self._positions
+            and "past_key_values" in inspect.signature(self.model.base_model.forward).parameters
+            # A window hides PEFT's prompt, which lies in the cache, from what comes later.
+            and not getattr(settings, "sliding_window", None)
+            and "sliding_attention" not in (getattr(settings, "layer_types", None) or ())
+        )
+        if not same:
+            return None
+        shape = {"num_layers": len(layers), "num_attention_heads": site.heads, "token_dim": site.size // 2}
+        found = peft.PrefixTuningConfig(
+            num_virtual_tokens=config.num_virtual_tokens,
+            num_transformer_submodules=1,
+            task_type=config.task_type,
+            modules_to_save=config.modules_to_save,
+            base_model_name_or_path=config.base_model_name_or_path,
+        )
+        try:
+            _prepare_prompt_learning_config(found, self.model.config)
+        except ValueError:
+            return None
+        if any(getattr(found, name) != value for name, value in shape.items()):
+            return None
+        return found, torch.cat([layer.pairs(adapter) for layer in layers], dim=1)
+
+    def from_peft(self, adapter: str, table: Tensor) -> None:
+        layers = self._holding(adapter)
+        sizes = [layer.site.size for layer in layers]
+        length = self.peft_config[adapter].num_virtual_tokens
+        if table.shape != (length, sum(sizes)):
+            raise ModelError(
+                f"The prompt has shape {tuple(table.shape)}, the model takes {(length, sum(sizes))}.",
+                fix="Load it on the model that it was trained on.",
+            )
+        for layer, part in zip(layers, table.split(sizes, dim=1), strict=True):
+            layer.fold(adapter, part)
+
+    def remove(self) -> None:
+        self._hook.remove()
+        for site in self._sites:
+            module = self.model.get_submodule(site.path)
+            module._modules.pop(f"{self.prefix}prompt", None)
+        self.model.set_attn_implementation(underlying(self.model.config._attn_implementation))
+
+    def _holding(self, adapter: str) -> list[AttentionPrompt]:
+        """The layers of an adapter in the order in which they run."""
+        held = {layer.site.path: layer for layer in self.layers if layer.has(adapter)}
+        return [held[site.path] for site in self._sites if site.path in held]
+
+
+def _uniform(site: Site) -> tuple[str, int, int, int]:
+    return "self", site.heads, site.key_dim, site.key_dim
+
+
+def _positions(mask: Any, text: Tensor, past: int) -> Tensor:
+    """Positions (1 or batch, seq) of the text alone; they count real tokens where a mask tells which are."""
+    length = text.shape[1]
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == past + length:
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+    return torch.arange(past, past + length, device=text.device)[None]
+
+
+def _learnt_positions(trunk: nn.Module) -> tuple[int | None, int]:
+    """How many positions a table of learnt ones has room for, None without one, and which is the first."""
+    for path, module in trunk.named_modules():
+        name = path.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ("position" in name or name == "wpe"):
+            # RoBERTa's padding has a position of its own, before all others.
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - first - getattr(module, "offset", 0), first
+    return None, 0
+
+
+def text_pairs(model: PreTrainedModel, text: str, length: int) -> dict[str, Tensor]:
+    """Keys and values (length, size) that each attention computes for a text, by the path of its module.
+
+    The text's tokens, without special ones, are repeated or cut to `length`.
+
+    Raises:
+        ModelError: there is no tokenizer beside the model. MethodError: the text has no tokens.
+    """
+    tokenizer = tokens.load(model.name_or_path, model.name_or_path, False, None)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise MethodError(
+            "init_text has no tokens.", fix="Write a few words of the task, such as 'summarise:'."
+        )
+    ids = (ids * (length // len(ids) + 1))[:length]
+    calls = run_recorded(model, torch.tensor([ids], device=device_of(model)))
+    paths = {module: path for path, module in model.named_modules()}
+    return {
+        # (1, heads, length, dim) to (length, heads * dim), keys before values
+        paths[call.module]: torch.cat(
+            [t[0].transpose(0, 1).flatten(1) for t in (call.key, call.value)], dim=1
+        )
+        for call in calls
+    }

@@ -1,0 +1,226 @@
+"""What all learnt prompts share: config, tuner, and files.
+
+A prompt of ours is a tuner of PEFT (a `BaseTuner`), not one of PEFT's prompt classes: those work outside of
+the model, on its inputs and its cache, and fail with gradient checkpointing, without a cache, with padding
+on the left, and on encoders (huggingface/peft#869, #1093, #1188). Ours work inside, in one of two ways:
+`attention_prompts.py` adds keys and values, `input_prompts.py` adds rows to the input.
+
+Two forms of one adapter on disk:
+
+- `model.save_pretrained`, and so a trainer's checkpoint: everything that training goes on with, under our
+  own type of PEFT (`registration.py`).
+- `luthier.save`: the prompt alone, any reparametrisation evaluated. Where a class of PEFT computes the same,
+  it is that class's file (`prompt_embeddings`), which PEFT loads without us; `load` reads those too.
+"""
+
+import copy
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from luthier import taxonomy
+from luthier.errors import MethodError, ModelError
+from luthier.terminal import no_peft_warnings
+from luthier.tuning.registration import registered_type
+
+WEIGHTS = "adapter_model.safetensors"
+TABLE = "prompt_embeddings"  # PEFT's name of the prompt in its files
+# PEFT's types whose files we read, and the method that computes the same.
+READS = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt", "P_TUNING": "prompt"}
+
+
+@dataclass
+class PromptConfig(PeftConfig):
+    """Config of a learnt prompt; `num_virtual_tokens` is its length P."""
+
+    num_virtual_tokens: int = 20
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "whole modules that learn too, such as a new classification head"}
+    )
+
+    is_soft_prompt: ClassVar[bool] = True  # no change of weights: no identity at the start, nothing to merge
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = registered_type(type(self))
+
+    def save_adapter(self, model: PeftModel, folder: Path | str) -> None:
+        save(model, folder)
+
+
+class PromptLayer(nn.Module, BaseTunerLayer):
+    """Holds prompts of several adapters by name; it wraps nothing, and so has no weight or bias to show."""
+
+    weight = None
+    bias = None
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Nothing: PEFT would look for a base layer, and round the prompt to its precision."""
+
+
+class PromptTuner(BaseTuner):
+    """A `BaseTuner` that changes no layer: it adds `PromptLayer`s beside them, named `<prefix>prompt`."""
+
+    prefix: str
+    tuner_layer_cls = PromptLayer
+    target_module_mapping: ClassVar[dict] = {}
+
+    def folded(self, adapter: str) -> dict[str, Tensor]:
+        """The prompt without what only training needs: tensors by their names in `save_pretrained`."""
+        raise NotImplementedError
+
+    def folded_config(self, adapter: str) -> PeftConfig:
+        """The config that goes with `folded`."""
+        return copy.deepcopy(self.peft_config[adapter])
+
+    def to_peft(self, adapter: str) -> tuple[PeftConfig, Tensor] | None:
+        """PEFT's own config and `prompt_embeddings` where its class computes the same, or None."""
+        raise NotImplementedError
+
+    def from_peft(self, adapter: str, table: Tensor) -> None:
+        """Take up the `prompt_embeddings` of a file of PEFT's.
+
+        Raises:
+            ModelError: they do not fit the model.
+        """
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        """Take everything off the model that the tuner put on it."""
+        raise NotImplementedError
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT's own expects the name last or next to last; a reparametrisation is a module of several layers.
+        holder, dot, rest = key.partition(f".{cls.prefix}prompt.")
+        return holder + dot + rest.replace(f".{adapter_name}", "", 1) if dot else key
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        return peft_config
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # PEFT's own looks for a weight to take the device from, which a head of several layers lacks.
+        setattr(parent, child_name, new_module)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        del self.peft_config[adapter_name]
+        # PEFT skips what has the prefix in its name, as our layers do.
+        rest = delete_adapter(self.model, adapter_name, prefix="<none>", layer_cls=self.tuner_layer_cls)
+        self.active_adapter = rest or []
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            raise MethodError(
+                "A prompt is no change of weights; it cannot be merged.", fix="Export the adapter."
+            )
+        self.remove()
+        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+
+
+def save(model: PeftModel, folder: Path | str) -> None:
+    """Write the active adapter without what only training needs, in PEFT's own layout where there is one."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    adapter, tuner = model.active_adapter, model.base_model
+    state = get_peft_model_state_dict(model, adapter_name=adapter)
+    own = get_own_names(tuner, adapter)
+    beside = {name: tensor for name, tensor in state.items() if name not in own}  # such as a new head
+    peft = tuner.to_peft(adapter)
+    if peft is None:
+        config, tensors = tuner.folded_config(adapter), tuner.folded(adapter) | beside
+    else:
+        config, table = peft
+        # PEFT's prompt classes wrap no tuner round the model: one part of the names less.
+        tensors = {TABLE: table} | {_less_a_part(name): tensor for name, tensor in beside.items()}
+    config.inference_mode = True
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(stored, folder / WEIGHTS, {"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def load(model: nn.Module, folder: Path | str, *, train: bool = False) -> PeftModel | None:
+    """An adapter of one of PEFT's prompt classes, on our mechanism; None where ours would not be the same.
+
+    Raises:
+        ModelError: the file does not fit the model.
+    """
+    folder = Path(folder)
+    fields = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    name = READS.get(fields.get("peft_type", ""))
+    if name is None:
+        return None
+    options = {
+        key: fields.get(key)
+        for key in ("num_virtual_tokens", "task_type", "modules_to_save", "base_model_name_or_path")
+    }
+    config = taxonomy.find(f"tuning/prompts/{name}").load().Config.plain(**options, inference_mode=not train)
+    tensors = load_file(str(folder / WEIGHTS), device=str(next(model.parameters()).device))
+    try:
+        with no_peft_warnings():
+            adapted = get_peft_model(model, config)
+    except MethodError:
+        return None
+    tuner, adapter = adapted.base_model, adapted.active_adapter
+    if tuner.to_peft(adapter) is None:
+        tuner.unload()
+        return None
+    table = tensors.pop(TABLE, None)
+    if table is None:
+        raise ModelError(f"{folder / WEIGHTS} has no '{TABLE}'.", fix="Save the adapter again with PEFT.")
+    tuner.from_peft(adapter, table)
+    _load_beside(adapted, adapter, {_more_a_part(key): tensor for key, tensor in tensors.items()})
+    return adapted
+
+
+def get_own_names(tuner: PromptTuner, adapter: str) -> set[str]:
+    """Names, as `save_pretrained` writes them, of the tensors of the prompt itself."""
+    return {
+        tuner._remove_adapter_name_from_key(f"base_model.model.{path}.{name}", adapter)
+        for path, module in tuner.model.named_modules()
+        if isinstance(module, tuner.tuner_layer_cls)
+        for name in module.state_dict()
+    }
+
+
+def _load_beside(model: PeftModel, adapter: str, tensors: dict[str, Tensor]) -> None:
+    """Put the whole modules that an adapter brings (a head) into their places."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter)
+    own = get_own_names(model.base_model, adapter)
+    wanted = set(state) - own
+    if wanted != set(tensors):
+        odd = sorted(wanted ^ set(tensors))
+        raise ModelError(
+            f"The adapter does not fit {type(model.get_base_model()).__name__}: "
+            f"{'missing' if odd[0] in wanted else 'no place for'} {odd[0]}."
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != state[name].shape:
+            raise ModelError(
+                f"{name} is {tuple(tensor.shape)} in the file, {tuple(state[name].shape)} in the model."
+            )
+    set_peft_model_state_dict(model, state | tensors, adapter_name=adapter)
+
+
+def _less_a_part(name: str) -> str:
+    return "base_model." + name.removeprefix("base_model.model.")
+
+
+def _more_a_part(name: str) -> str:
+    return "base_model.model." + name.removeprefix("base_model.")
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

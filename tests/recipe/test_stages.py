@@ -64,6 +64,13 @@ def predictions(stage) -> list[dict]:
     return [json.loads(line) for line in (stage.folder / "predictions.jsonl").read_text().splitlines()]
 
 
+def test_a_tuning_states_what_it_cost_on_general_text(tuned):
+    found = [c for c in tuned.stages[1].manifest.checks if c["name"] == "forgetting on general text"]
+    assert len(found) == 1
+    assert found[0]["value"] != 1
+    assert found[0]["passed"]
+
+
 class TestOneProcess:
     @pytest.mark.parametrize("method", [LORA, "full"])
     def test_equals_a_process_for_each_stage(self, place, method):

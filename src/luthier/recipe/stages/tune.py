@@ -10,6 +10,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from luthier.alignment.trainer import trainer as make_trainer
 from luthier.data.load import Loaded
 from luthier.errors import RecipeError
+from luthier.evaluation import forgetting
+from luthier.models import structure
 from luthier.models.saving import save
 from luthier.recipe.context import Context
 from luthier.recipe.leakage import stage_data
@@ -52,8 +54,12 @@ def run(stage: TuneStage, context: Context) -> StageResult:
     last = get_last_checkpoint(str(checkpoints)) if context.resume else None
     if last is not None:
         log.info("goes on from %s", Path(last).name)
+    speaks = structure.task(trainer.model) == "causal"
+    general = forgetting.general_perplexity(trainer.model, tokenizer) if speaks else None
     measured = trainer.train(resume_from_checkpoint=last).metrics
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if general is not None:
+        forgetting.record(general, forgetting.general_perplexity(model, tokenizer))
     learning, total = trainable(model)
     save(model, context.work / ("adapter" if isinstance(model, PeftModel) else "model"), tokenizer)
     return StageResult(

@@ -82,6 +82,11 @@ class DeltaConfig(PeftConfig):
         """Whether the change runs beside the whole FFN of each block, and not on the layers named."""
         return False
 
+    @property
+    def starts_as_base(self) -> bool:
+        """Whether the change is zero at the start, which is proven before training."""
+        return True
+
     def to_dict(self) -> dict[str, Any]:
         """The fields of `adapter_config.json`; sets are sorted, so that equal adapters are equal files."""
         return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}

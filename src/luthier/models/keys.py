@@ -32,7 +32,7 @@ def adapter_difference(model: PeftModel, folder: Path) -> tuple[list[str], list[
     """
     found = in_file(folder)
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    base = set(model.state_dict())
+    base = set(model.state_dict()) | set(get_peft_model_state_dict(model, save_embedding_layers=True))
     more = {key for key in found - wanted if key not in base and key.replace(".base_layer.", ".") not in base}
     return sorted(wanted - found), sorted(more)
 

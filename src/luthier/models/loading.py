@@ -21,9 +21,10 @@ from transformers import (
 
 from luthier import checks
 from luthier.errors import ModelError, did_you_mean
-from luthier.models import gguf, keys, saving, sources, structure, tokens
+from luthier.models import gguf, keys, saving, sources, structure, tokens, vocabulary
 from luthier.models.placement import Placement, place
 from luthier.terminal import no_bars, no_peft_warnings
+from luthier.tuning import soft_prompts
 
 log = logging.getLogger("luthier.models")
 
@@ -73,10 +74,15 @@ def load(
         saving.check_files(path)
     place_on_disk = str(path or source.hub_id)
     model = _load_model(source.name, place_on_disk, where, revision=revision, **options)
+    known = source.name if source.kind in ("alias", "hub") else str(Path(source.name).expanduser().resolve())
+    model.luthier_origin = {
+        "name": known,
+        "revision": revision,
+        "fingerprint": saving.fingerprint(model),
+        "rows": vocabulary.rows(model),
+    }
     tokenizer = tokens.load(source.name, place_on_disk, trust_remote_code, revision)
     tokens.fit(model, tokenizer, task)
-    known = source.name if source.kind in ("alias", "hub") else str(Path(source.name).expanduser().resolve())
-    model.luthier_origin = {"name": known, "revision": revision, "fingerprint": saving.fingerprint(model)}
     return model, tokenizer
 
 
@@ -212,6 +218,7 @@ def load_onto(
         model.config.id2label = {int(i): label for i, label in labels.items()}
         model.config.label2id = {label: i for i, label in model.config.id2label.items()}
     _require_same_base(model, record)
+    vocabulary.fit(model, path, name)
     if any((path / file).is_file() for file in tokens.FILES):
         tokenizer = tokens.load(name, str(path), trust_remote_code, None)
         tokens.fit(model, tokenizer, structure.task(model) or "causal")
@@ -255,6 +262,9 @@ def _require_same_base(model: nn.Module, record: dict[str, Any]) -> None:
 
 
 def _put_on(model: PreTrainedModel, path: Path, name: str, train: bool) -> PeftModel:
+    adapted = soft_prompts.load(model, path, train=train)  # of PEFT's kind, on our mechanism
+    if adapted is not None:
+        return adapted
     try:
         with no_peft_warnings():
             adapted = PeftModel.from_pretrained(

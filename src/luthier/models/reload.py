@@ -26,6 +26,9 @@ def load_model(request: dict[str, Any]) -> Any:
         return base.to(request["device"]).eval()
     from peft import PeftModel
 
+    if request["rows"] != len(base.get_input_embeddings().weight):  # tokens were added
+        base.resize_token_embeddings(request["rows"], mean_resizing=False)
+    base.config.pad_token_id = request["pad_token_id"]  # a classifier reads the last token that is none
     if request["ours"]:
         del sys.modules["luthier"]
         import luthier.tuning  # noqa: F401

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,10 +26,11 @@ from transformers import PreTrainedTokenizerBase
 import luthier
 from luthier import checks, files
 from luthier.errors import ModelError
-from luthier.models import sources, structure, tokens
+from luthier.models import sources, structure, tokens, vocabulary
 from luthier.resources import explain
 from luthier.terminal import no_bars
 from luthier.tuning import registration
+from luthier.tuning.attention_prompts import underlying
 from luthier.tuning.hooks import save_adapter
 from luthier.tuning.probe import distance, evaluating, probe_inputs
 from luthier.tuning.residual import changes_base
@@ -89,22 +90,27 @@ def save(model: nn.Module, folder: Path | str, tokenizer: PreTrainedTokenizerBas
     return folder
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, rows: int | None = None) -> str:
     """A short text that tells whether two models have the same weights, whatever dtype they were loaded in.
 
     Two parts, "names-weights": of the names and shapes of the parameters, and of up to 4096 elements of each,
     rounded to bfloat16. Of a `PeftModel` it is the base's, as far as the adapter left it unchanged; of a
     classifier it leaves out what lies above the last block, which may be new and random at each load.
+
+    Args:
+        rows: of the embedding and its head take so many only, without those of tokens that were added.
     """
     names, weights = hashlib.sha256(), hashlib.sha256()
     prefix = getattr(model.base_model, "prefix", None) if isinstance(model, PeftModel) else None
     base = structure.base(model)
     above = structure.groups(base)[-1][1] if structure.task(model) == "classification" else []
     skipped = {name for name, _ in above}
+    per_token = {id(p) for p in vocabulary.parameters(base).values()} if rows is not None else set()
     for name, parameter in base.named_parameters():
         if (prefix and prefix in name) or ".modules_to_save." in name or name in skipped:
             continue
-        name = re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name)
+        name = vocabulary.WRAPPERS.sub("", name)
+        parameter = parameter[:rows] if id(parameter) in per_token else parameter
         names.update(f"{name}{tuple(parameter.shape)}".encode())
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].to("cpu", torch.bfloat16).contiguous()
@@ -164,18 +170,20 @@ def _request(
     base = structure.base(model)
     adapter = isinstance(model, PeftModel)
     remote = type(base).__module__.startswith("transformers_modules")
-    options: dict[str, Any] = {"attn_implementation": base.config._attn_implementation}
+    options: dict[str, Any] = {"attn_implementation": underlying(base.config._attn_implementation)}
     if remote:
         options["trust_remote_code"] = True
     if adapter:  # the base is loaded as it was here, whatever dtype its folder has
         options["dtype"] = str(base.dtype).removeprefix("torch.")
         if structure.task(model) == "classification":
-            options |= {"num_labels": base.config.num_labels, "pad_token_id": base.config.pad_token_id}
+            options["num_labels"] = base.config.num_labels
     return {
         "folder": str(folder),
         "base": base.name_or_path if adapter else str(folder),
+        "rows": vocabulary.rows(model),
+        "pad_token_id": getattr(base.config, "pad_token_id", None),
         "adapter": str(folder) if adapter else None,
-        "ours": adapter and registration.is_ours(model.peft_config[model.active_adapter].peft_type),
+        "ours": adapter and registration.is_ours(PeftConfig._get_peft_type(str(folder))),
         "class": AUTO_CLASSES[structure.task(model)] if remote else type(base).__name__,
         "options": options,
         "device": str(base.device),
@@ -271,6 +279,9 @@ def _require_free(folder: Path) -> None:
 def _write(model: nn.Module, draft: Path) -> None:
     if isinstance(model, PeftModel):
         save_adapter(model, draft)
+        known = getattr(structure.base(model), "luthier_origin", {})
+        if known.get("rows") != vocabulary.rows(model):
+            vocabulary.complete(model, draft)
         return
     try:
         with no_bars():
@@ -297,11 +308,11 @@ def _base(model: PeftModel) -> dict[str, Any]:
     Raises:
         ModelError: the base has changed since then in a way that the adapter does not hold.
     """
-    found = fingerprint(model)
     base = model.get_base_model()
     known = getattr(base, "luthier_origin", None)
     if known is None:
-        return {"name": base.name_or_path, "fingerprint": found}
+        return {"name": base.name_or_path, "fingerprint": fingerprint(model)}
+    found = fingerprint(model, known["rows"])
     config = model.peft_config[model.active_adapter]
     rewritten = isinstance(config, LoraConfig) and changes_base(config)
     holds_change = rewritten or getattr(config, "bias", "none") != "none"

@@ -72,7 +72,7 @@ def _require_own_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         taken = {tokenizer.eos_token, tokenizer.bos_token}
         special = [tokenizer.unk_token, *tokenizer.all_special_tokens]
         free = [token for token in special if token and token not in taken]
-        tokenizer.pad_token = free[0] if free else "<|pad|>"
+        tokenizer.add_special_tokens({"pad_token": free[0] if free else "<|pad|>"})
         if len(tokenizer) > rows:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
             structure.embeddings(model).weight.data[rows:] = 0  # never attended to; the same at every load

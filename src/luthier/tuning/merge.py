@@ -14,7 +14,7 @@ from torch import nn
 
 from luthier import checks
 from luthier.errors import CheckError, MethodError, did_you_mean
-from luthier.tuning.attach import tuning_of
+from luthier.tuning.attach import is_prompt, tuning_of
 from luthier.tuning.groups import require_untieable
 from luthier.tuning.probe import distance, probe_logits
 from luthier.tuning.tuner import DeltaTuner
@@ -152,7 +152,7 @@ def _finish(
 
 
 def _require_mergeable(model: PeftModel) -> None:
-    if model.peft_config[model.active_adapter].is_prompt_learning:
+    if is_prompt(model.peft_config[model.active_adapter]):
         raise MethodError("A prompt is no change of weights; it cannot be merged.", fix="Export the adapter.")
     if getattr(model.get_base_model(), "is_quantized", False):
         raise MethodError(

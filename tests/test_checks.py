@@ -24,6 +24,16 @@ def test_a_failed_proof_refuses_and_still_leaves_its_line():
     assert [(c.name, c.passed) for c in lines] == [("merged", False), ("estimate", False)]
 
 
+def test_each_line_is_said_once(caplog):
+    """What the error says is not logged before it."""
+    caplog.set_level("INFO", logger="luthier.checks")
+    checks.record("data", "one", True)
+    checks.record("end", "estimate", False, refuse=False)
+    with pytest.raises(CheckError):
+        checks.record("merge", "merged", False)
+    assert [(r.levelname, "estimate" in r.message) for r in caplog.records] == [("INFO", 0), ("WARNING", 1)]
+
+
 def test_a_line_reads_as_text():
     line = checks.Check("merge", "equal", True, 1.23456e-7, 1e-5, "probe of 16 tokens").line()
     assert line == "✓ merge      equal = 1.23e-07 (held to 1e-05) · probe of 16 tokens"

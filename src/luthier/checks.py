@@ -92,7 +92,7 @@ def record(
     ledger = _ledger.get()
     if ledger is not None:
         ledger.append(check)
-    log.log(logging.INFO if passed else logging.WARNING, "%s", check.line())
-    if not passed and refuse:
+    if not passed and refuse:  # the error says it, once
         raise CheckError(f"Check failed: {check.line()}.", fix=fix)
+    log.log(logging.INFO if passed else logging.WARNING, "%s", check.line())
     return check

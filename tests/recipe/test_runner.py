@@ -264,7 +264,9 @@ class TestCommandLine:
         bench.missed = True
         result = self.luthier(bench)
         assert result.exit_code == 1
-        assert "seen: 1 (held to 2)" in result.output
+        assert result.output.count("seen = 1 (held to 2)") == len(ALL), "logged once a stage, and not again"
+        assert "✗ seen: see above" in result.output
+        assert "✗ seen: 1 (held to 2)" in self.luthier(bench).output, "of a stage that did not run again"
         assert record(bench)["status"] == "done"
 
     def test_an_unwritable_folder_is_one_paragraph_and_status_2(self, bench):

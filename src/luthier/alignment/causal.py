@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from luthier import checks
 from luthier.acceleration import documents, fused_lora, fused_mlp, fused_norm, label_only
 from luthier.alignment.reliable import Reliable
-from luthier.data.packing import PackedCollator, PaddedCollator, pack, prove_isolated
+from luthier.data.packing import PackedCollator, PaddedCollator, isolates, pack, prove_isolated
 from luthier.data.tokenize import EncodeReport
 from luthier.errors import CheckError
 from luthier.tuning.attach import tuning_of
@@ -213,12 +213,8 @@ def _packs(model: nn.Module, packing: Packing) -> bool:
     reason = None
     if isinstance(model, PeftModel) and getattr(tuning_of(model), "is_prompt_learning", False):
         reason = "a soft prompt stands before a row, not before each document in it"
-    else:
-        try:
-            with checks.collect():
-                prove_isolated(model)
-        except CheckError:
-            reason = f"{type(model).__name__} mixes packed documents"
+    elif not isolates(model):
+        reason = f"{type(model).__name__} mixes packed documents"
     if reason is None:
         return True
     if packing != "auto":

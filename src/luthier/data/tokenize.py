@@ -359,7 +359,7 @@ def encode_seq2seq(
             lengths.append(len(target) + len(end))
             columns["input_ids"].append(np.array(source, np.int32))
             columns["labels"].append(np.array([*target, *end][:max_target_length], np.int32))
-    checks.record("data", "truncated prompts", True, sources_cut, detail=f"at {max_length} tokens")
+    checks.record("data", "truncated prompts", True, sources_cut, detail=_cut_at(max_length))
     count_lengths(report, lengths)
     report.examples, report.trained = len(lengths), sum(len(ids) for ids in columns["labels"])
     report.tokens = report.trained + sum(len(ids) for ids in columns["input_ids"])
@@ -500,9 +500,7 @@ def prove_kept(loaded: Loaded, report: EncodeReport, allow_empty: bool) -> None:
     Raises:
         DataError: with the first such row, and the length that keeps 99 % of the examples whole.
     """
-    checks.record(
-        "data", "truncated examples", True, report.truncated, detail=f"at {report.max_length} tokens"
-    )
+    checks.record("data", "truncated examples", True, report.truncated, detail=_cut_at(report.max_length))
     allowed = allow_empty and report.examples > 0
     checks.record(
         "data", "emptied examples", allowed or not report.emptied, report.emptied, None if allowed else 0,
@@ -524,6 +522,10 @@ def prove_kept(loaded: Loaded, report: EncodeReport, allow_empty: bool) -> None:
         f"the examples whole, {report.longest} all of them.",
         fix=f"Set max_length to {enough}, or leave such examples out with allow_empty.",
     )
+
+
+def _cut_at(max_length: int | None) -> str:
+    return "nothing is cut" if max_length is None else f"at {max_length} tokens"
 
 
 def _prove(report: EncodeReport) -> None:

@@ -40,7 +40,7 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """
     if not isinstance(model, PeftModel):
         return model
-    _require_mergeable(model)
+    require_mergeable(model)
     title = _title(tuning_of(model))
     own = _to_float32(model)
     adapted = probe_logits(model)
@@ -78,7 +78,7 @@ def combine(model: PeftModel, weights: dict[str, float], dtype: torch.dtype | No
                 f"Adapter '{name}' replaces whole modules: {model.peft_config[name].modules_to_save}.",
                 fix="Merge it alone.",
             )
-    _require_mergeable(model)
+    require_mergeable(model)
     own = _to_float32(model)
     base = _base_logits(model)
     shared = _split_shared(model)
@@ -151,7 +151,8 @@ def _finish(
     return merged
 
 
-def _require_mergeable(model: PeftModel) -> None:
+def require_mergeable(model: PeftModel) -> None:
+    """Raise MethodError, with the reason, where the adapter is no change of the weights at hand."""
     if is_prompt(model.peft_config[model.active_adapter]):
         raise MethodError("A prompt is no change of weights; it cannot be merged.", fix="Export the adapter.")
     if getattr(model.get_base_model(), "is_quantized", False):

@@ -47,6 +47,7 @@ def test_logits_are_the_adapters_where_the_rank_suffices(kind, tmp_path):
         converted = to_lora(model, rank)
     torch.testing.assert_close(probe_logits(converted), expected, rtol=1e-3, atol=1e-4)
     assert lines[-1].name == "as a LoRA"
+    assert isinstance(lines[-1].value, float)
     assert lines[-1].value < 1e-3
     converted.save_pretrained(tmp_path)  # and any PEFT loads it
     loaded = PeftModel.from_pretrained(build(), tmp_path)
@@ -126,6 +127,6 @@ def test_what_is_no_linear_change_is_refused():
     with pytest.raises(MethodError, match="biases of the base"):
         to_lora(adapted(lora(bias="lora_only", target_modules=["c_attn"], fan_in_fan_out=True), tiny.gpt2), 4)
     with pytest.raises(MethodError, match="bias of 'bert"):
-        to_lora(adapted(lora(lora_bias=True, target_modules=["query"]), tiny.bert), 4)
+        to_lora(adapted(lora(lora_bias=True, task_type="SEQ_CLS", target_modules=["query"]), tiny.bert), 4)
     with pytest.raises(MethodError, match="feed-forward"):
         to_lora(adapted(luthier.method("krona")(variant="krona_b")), 4)

@@ -39,7 +39,7 @@ def test_a_given_training_arguments_object_and_a_config_are_taken(path, tmp_path
         luthier.method("sft")(max_length=64), tiny.llama(), path, method=Full(),
         tokenizer=tiny.tokenizer(), args=given,
     )  # fmt: skip
-    assert trainer.args is given
+    assert (trainer.args.output_dir, trainer.args.max_steps) == (given.output_dir, 1)
 
 
 def test_the_seed_is_set_before_the_method_draws_its_weights(tmp_path):

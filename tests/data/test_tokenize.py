@@ -307,6 +307,20 @@ class TestChecks:
         with pytest.raises(DataError, match="chat is 'maybe'"):
             encode(data([{"prompt": "a", "completion": "b"}]), tokenizer, max_length=9, chat="maybe")
 
+    @pytest.mark.parametrize(
+        ("settings", "row", "said"),
+        [
+            ({}, {"prompt": "a", "completion": "b"}, []),
+            ({"chat": "off"}, {"prompt": "a", "completion": "b"}, ["not used"]),
+            ({"chat": "off"}, {"text": "a b"}, []),
+            ({"options": {"deep": False}}, {"prompt": "a", "completion": "b"}, ["with deep=False"]),
+        ],
+    )
+    def test_a_rendering_unlike_the_served_one_is_said(self, data, tiny_tokenizer, settings, row, said):
+        with checks.collect() as lines:
+            encode(data([row]), tiny_tokenizer, max_length=64, **settings)
+        assert [line.value for line in lines if line.name == "chat template"] == said
+
 
 class TestPretrain:
     def test_blocks_keep_every_token_and_never_mix_documents(self, data):

@@ -41,6 +41,51 @@ def test_generation_stops_at_the_end_of_a_turn(tmp_path):
     assert any("added <|im_end|>" in line.detail for line in lines)
 
 
+class TestTemplate:
+    """A4: whose chat template is used is said before training, on loading an adapter, and on saving."""
+
+    @pytest.fixture
+    def said(self, tmp_path):
+        """What is said of a template in training and saving with it."""
+
+        def say(template, own=tiny.CHATML):
+            folder = luthier.save(tiny.llama(), tmp_path / "m", tiny.tokenizer(template=own))
+            model, tokenizer = luthier.load(folder, dtype="float32")
+            tokenizer.chat_template = template
+            (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
+            with checks.collect() as lines:
+                options = {"args": {"output_dir": str(tmp_path / "out")}, "tokenizer": tokenizer}
+                method = luthier.method("lora")(r=2)
+                trainer = luthier.trainer("sft", model, tmp_path / "rows.jsonl", method=method, **options)
+                luthier.save(trainer.model, tmp_path / "adapter", tokenizer)
+            return [(line.when, line.value, line.detail) for line in lines if line.name == "chat template"]
+
+        return say
+
+    def test_of_the_models_own(self, said):
+        assert said(tiny.CHATML) == [("before", "the model's own", ""), ("export", "the model's own", "")]
+
+    def test_that_overrides_the_models_own(self, said, tmp_path):
+        found = said(LLAMA2)
+        assert [(when, value) for when, value, _ in found] == [
+            ("before", "not the model's own"),
+            ("export", "not the model's own"),
+        ]
+        assert found[0][2].startswith("it writes '[INST] Hello [/INST]', and the model's own '<|im_start|>us")
+        with checks.collect() as lines:
+            luthier.load(tmp_path / "adapter")
+        assert ("before", "not the model's own") in [
+            (line.when, line.value) for line in lines if line.name == "chat template"
+        ]
+
+    def test_of_a_model_that_has_none(self, said):
+        assert said(LLAMA2, own=None)[0][:2] == ("before", "added: the model has none")
+        assert said(None, own=None) == []
+
+    def test_that_is_taken_away(self, said):
+        assert said(None)[0][1] == "taken away: the model has one"
+
+
 def test_pad_is_set_for_batches_and_for_generation(tmp_path):
     path = luthier.save(tiny.llama(pad_token_id=None), tmp_path / "m", tiny.tokenizer(pad="none"))
     model, tokenizer = luthier.load(path)

@@ -18,7 +18,7 @@ from luthier.data.load import Loaded, load
 from luthier.data.spec import DataSpec
 from luthier.data.tokenize import Encoded, EncodeReport
 from luthier.errors import MethodError, ModelError
-from luthier.models import structure
+from luthier.models import structure, tokens
 from luthier.tuning.attach import attach
 
 SEED = 42  # transformers' own default
@@ -68,6 +68,7 @@ def trainer(
     if method is not None:
         model = attach(model, method)
     tokenizer = tokenizer if tokenizer is not None else _tokenizer(model)
+    tokens.say_template("before", structure.base(model), tokenizer)
     held_out = None if eval_data is None else _rows(eval_data)
     found: Trainer = module.trainer(
         config,
@@ -102,8 +103,6 @@ def _rows(data: Data, held_out: Data | None = None) -> Loaded | Encoded:
 
 
 def _tokenizer(model: nn.Module) -> Any:
-    from luthier.models import tokens
-
     base = structure.base(model)
     try:
         return tokens.load(base.name_or_path, base.name_or_path, False, None)

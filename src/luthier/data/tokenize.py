@@ -221,8 +221,19 @@ def encode(
         report.split = sum(count > 1 for count in turns.values())
         return _finish(_examples(loaded, rendered, tokenizer, report), tokenizer, report)
 
+    _say_template(loaded.type, tokenizer, as_chat, options)
     settings = {"max_length": max_length, "train_on": train_on, "chat": as_chat, "options": options}
     return _cached(loaded, tokenizer, settings, build, use_cache, allow_empty)
+
+
+def _say_template(type: str, tokenizer: Any, as_chat: bool, options: dict[str, Any] | None) -> None:
+    """Say where rows are rendered otherwise than the tokenizer renders a chat when it is served."""
+    if as_chat and options:
+        value = "with " + ", ".join(f"{name}={value!r}" for name, value in options.items())
+        checks.record("data", "chat template", True, value, detail="evaluation and chat leave these out")
+    elif not as_chat and tokenizer.chat_template and type != "text":
+        detail = "prompt and completion are joined as they are; evaluation and chat use the template"
+        checks.record("data", "chat template", True, "not used", detail=detail)
 
 
 def encode_pretrain(loaded: Loaded, tokenizer: Any, *, max_length: int, use_cache: bool = True) -> Encoded:

@@ -83,6 +83,7 @@ def load(
     }
     tokenizer = tokens.load(source.name, place_on_disk, trust_remote_code, revision)
     tokens.fit(model, tokenizer, task)
+    model.luthier_template = tokenizer.chat_template
     return model, tokenizer
 
 
@@ -222,6 +223,7 @@ def load_onto(
     if any((path / file).is_file() for file in tokens.FILES):
         tokenizer = tokens.load(name, str(path), trust_remote_code, None)
         tokens.fit(model, tokenizer, structure.task(model) or "causal")
+        tokens.say_template("before", model, tokenizer)
     adapted = _put_on(model, path, name, train)
     checks.record("before", "adapter loaded whole", True, len(keys.in_file(path)), detail=name)
     return adapted, tokenizer

@@ -75,6 +75,7 @@ def save(model: nn.Module, folder: Path | str, tokenizer: PreTrainedTokenizerBas
         draft.mkdir()
         _write(model, draft)
         if tokenizer is not None:
+            tokens.say_template("export", structure.base(model), tokenizer)
             tokenizer.save_pretrained(str(draft))
         content = json.dumps(_record(model, draft), indent=1)
         (draft / sources.RECORD).write_text(content, encoding="utf-8")

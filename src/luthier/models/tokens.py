@@ -2,7 +2,9 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -78,6 +80,42 @@ def _require_own_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
             structure.embeddings(model).weight.data[rows:] = 0  # never attended to; the same at every load
         log.info("padding with %s, apart from the end token", tokenizer.pad_token)
     model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def say_template(when: checks.When, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say in a line whether chats are rendered as the model's own tokenizer renders them.
+
+    Another template is right where it is meant; where it is not, training and serving differ in silence.
+    A model that `luthier.load` did not load is not known well enough.
+    """
+    if not hasattr(model, "luthier_template"):
+        return
+    own, used = model.luthier_template, tokenizer.chat_template
+    if own == used:
+        if own:
+            checks.record(when, "chat template", True, "the model's own")
+        return
+    detail = f"it writes {_sample(tokenizer, used)}"
+    if not own:
+        checks.record(when, "chat template", True, "added: the model has none", detail=detail)
+        return
+    whose = "not the model's own" if used else "taken away: the model has one"
+    detail += f", and the model's own {_sample(tokenizer, own)}"
+    checks.record(when, "chat template", True, whose, detail=detail)
+
+
+def _sample(tokenizer: PreTrainedTokenizerBase, template: Any) -> str:
+    """How a template begins a chat."""
+    if not template:
+        return "nothing around a message"
+    turns = [{"role": "user", "content": "Hello"}]
+    try:
+        text = tokenizer.apply_chat_template(
+            turns, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except (TemplateError, TypeError, ValueError) as error:  # several templates of one name, say
+        return f"what cannot be shown ({error})"
+    return repr(str(text)[:80])
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -21,6 +21,7 @@ from luthier.errors import DataError
 from luthier.evaluation.bootstrap import Metric, interval, ratio
 from luthier.evaluation.likelihood import token_log_probs
 from luthier.models import structure
+from luthier.tuning.attach import tuning_of
 
 WINDOW = 1024  # the longest by default: attention and memory grow with it, perplexity hardly falls
 
@@ -100,7 +101,8 @@ def perplexity(
 
 
 def context_length(model: nn.Module) -> int | None:
-    """How many tokens the model can take, or None where nothing limits it."""
+    """How many tokens of text the model can take, or None where nothing limits it."""
     config = structure.base(model).config
     length: int | None = getattr(config, "max_position_embeddings", None)
-    return length
+    learnt = getattr(tuning_of(model), "num_virtual_tokens", 0)  # a prompt takes up positions
+    return None if length is None else length - learnt

@@ -347,8 +347,8 @@ class AttentionPrompt(PromptLayer):
             return self.table[adapter]
         head, shared = self.head[adapter], self._elsewhere[adapter]
         weights = [*head.parameters(), *shared.parameters()]
-        key = [(p.data_ptr(), p._version) for p in weights]
         fixed = not torch.is_grad_enabled() and not self.training
+        key = [(p.data_ptr(), p._version) for p in weights] if fixed else None
         if fixed and adapter in self._folded and self._folded[adapter][0] == key:
             return self._folded[adapter][1]
         kind = "cpu" if weights[0].is_meta else weights[0].device.type

@@ -137,7 +137,7 @@ def save(model: PeftModel, folder: Path | str) -> None:
     adapter, tuner = model.active_adapter, model.base_model
     state = get_peft_model_state_dict(model, adapter_name=adapter)
     own = get_own_names(tuner, adapter)
-    beside = {name: tensor for name, tensor in state.items() if name not in own}  # such as a new head
+    beside = {name: tensor for name, tensor in state.items() if name not in own}  # a new head
     peft = tuner.to_peft(adapter)
     if peft is None:
         config, tensors = tuner.folded_config(adapter), tuner.folded(adapter) | beside
@@ -181,7 +181,7 @@ def load(model: nn.Module, folder: Path | str, *, train: bool = False) -> PeftMo
     if table is None:
         raise ModelError(f"{folder / WEIGHTS} has no '{TABLE}'.", fix="Save the adapter again with PEFT.")
     tuner.from_peft(adapter, table)
-    _load_beside(adapted, adapter, {_more_a_part(key): tensor for key, tensor in tensors.items()})
+    _load_beside(adapted, adapter, tensors, folder / WEIGHTS)
     return adapted
 
 
@@ -195,23 +195,25 @@ def get_own_names(tuner: PromptTuner, adapter: str) -> set[str]:
     }
 
 
-def _load_beside(model: PeftModel, adapter: str, tensors: dict[str, Tensor]) -> None:
-    """Put the whole modules that an adapter brings (a head) into their places."""
-    state = get_peft_model_state_dict(model, adapter_name=adapter)
-    own = get_own_names(model.base_model, adapter)
-    wanted = set(state) - own
-    if wanted != set(tensors):
-        odd = sorted(wanted ^ set(tensors))
-        raise ModelError(
-            f"The adapter does not fit {type(model.get_base_model()).__name__}: "
-            f"{'missing' if odd[0] in wanted else 'no place for'} {odd[0]}."
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != state[name].shape:
-            raise ModelError(
-                f"{name} is {tuple(tensor.shape)} in the file, {tuple(state[name].shape)} in the model."
-            )
-    set_peft_model_state_dict(model, state | tensors, adapter_name=adapter)
+def _load_beside(model: PeftModel, adapter: str, tensors: dict[str, Tensor], file: Path) -> None:
+    """Put the whole modules that an adapter brings (a head, an embedding with new rows) into their places.
+
+    Their names have one part less where PEFT wrote them.
+    """
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    heads = set(state) - get_own_names(model.base_model, adapter)
+    places = model.state_dict()
+    found = {}
+    for key, tensor in tensors.items():
+        name = next((n for n in (_more_a_part(key), key) if n in heads or n in places), None)
+        known = state.get(name, places.get(name))
+        if name is None or known.shape != tensor.shape:
+            wanted = "no place for it" if name is None else f"{tuple(known.shape)}"
+            raise ModelError(f"{file}: {key} is {tuple(tensor.shape)}, and the model has {wanted}.")
+        found[name] = tensor
+    if missing := sorted(heads - set(found)):
+        raise ModelError(f"{file} lacks {missing[0]}.", fix="Save it again from the model that was trained.")
+    set_peft_model_state_dict(model, state | found, adapter_name=adapter)
 
 
 def _less_a_part(name: str) -> str:

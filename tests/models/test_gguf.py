@@ -1,7 +1,9 @@
 """A GGUF file becomes an ordinary model folder, once, with the weights and tokens of the original."""
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +12,9 @@ import pytest
 import tiny
 import torch
 from tokenizers import pre_tokenizers
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import modeling_gguf_pytorch_utils as reading
 
 import luthier
 from luthier.errors import ModelError
@@ -125,6 +129,29 @@ def test_a_conversion_says_what_it_does_in_one_line(file, capfd, caplog):
     assert capfd.readouterr().err == ""
     AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     assert "Converting" in capfd.readouterr().err  # what it would be without us
+
+
+@pytest.mark.parametrize(
+    "called", ["bar(reader.tensors)", "tqdm(iterable=iter(reader.tensors), disable=True)"]
+)
+def test_a_conversion_goes_on_without_our_bar_where_transformers_reads_otherwise(file, monkeypatch, called):
+    """The bar stands in the place of a name inside transformers, which its next version may rename."""
+    source = inspect.getsource(reading.load_gguf_checkpoint)
+    changed = re.sub(r"tqdm\(reader\.tensors,[^)]*\)", called, source)
+    assert changed != source
+    monkeypatch.setattr(reading, "bar", iter, raising=False)
+    if called.startswith("bar"):
+        monkeypatch.delattr(reading, "tqdm")
+    monkeypatch.setattr(reading, "load_gguf_checkpoint", None)
+    exec(changed, vars(reading))
+    luthier.load(file)
+    assert vars(reading).get("tqdm") is (None if called.startswith("bar") else tqdm)
+
+
+def test_a_conversion_needs_no_module_of_transformers_for_its_bar(monkeypatch):
+    monkeypatch.setitem(sys.modules, reading.__name__, None)
+    with gguf._bar_of_ours():
+        pass
 
 
 def test_digits_stand_alone_as_in_the_models_own_tokenizer(file, tiny_tokenizer):

@@ -6,11 +6,12 @@ are unpacked to float32, in which the block formats' products of two half-precis
 
 import fcntl
 import hashlib
+import importlib
 import logging
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -155,13 +156,28 @@ def _convert(path: Path, file: str, folder: Path) -> None:
 
 @contextmanager
 def _bar_of_ours() -> Iterator[None]:
-    """The bar over the tensors: none of transformers' settings silences its own, which is tqdm's itself."""
-    from transformers import modeling_gguf_pytorch_utils as reading
+    """Our bar over the tensors: none of transformers' settings silences its own, which is tqdm's itself.
 
+    It hangs on a name inside transformers. Where a version has that no more, or calls it otherwise, the
+    conversion goes on without our bar.
+    """
     from luthier.terminal import track
 
-    theirs = reading.tqdm
-    reading.tqdm = lambda tensors, **_: track(tensors, "converting")
+    try:
+        reading: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    except ImportError:
+        reading = None
+    theirs = getattr(reading, "tqdm", None)
+    if theirs is None:
+        yield
+        return
+
+    def ours(*given: Any, **options: Any) -> Any:
+        if len(given) == 1 and isinstance(given[0], Sequence):
+            return track(given[0], "converting")
+        return theirs(*given, **options)
+
+    reading.tqdm = ours
     try:
         yield
     finally:

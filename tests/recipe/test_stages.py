@@ -209,6 +209,16 @@ class TestEvaluate:
         assert line["passed"]
 
 
+def test_an_adapter_leaves_as_a_lora_of_another_rank(place):
+    result = run(recipe(place, TUNE, "export: {format: lora, rank: 2}", name="rank"))
+    stage = result.stages[1]
+    config = json.loads((stage.folder / "adapter" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"]) == ("LORA", 2)
+    names = {check["name"]: check for check in stage.manifest.checks}
+    assert 0 < names["as a LoRA"]["value"] < 1
+    assert names["logits after reload"]["passed"]
+
+
 def test_exports_stand_alone_and_are_what_later_stages_read(place):
     """An adapter is merged, the merged model is tuned again, and that adapter is exported as one."""
     chain = (TUNE, "export: {dtype: bfloat16}", TUNE, "export: {format: adapter}")

@@ -423,7 +423,7 @@ def _export(base: _Base, stage: ExportStage, tuned: TuneStage | None) -> StagePl
     weights, _, _ = footprint.sizes(model)
     parameters = sum(p.numel() for p in model.parameters())
     artefact = weights
-    if stage.format == "adapter" and tuned is not None:
+    if stage.format != "safetensors" and tuned is not None:
         _, artefact, _ = footprint.sizes(footprint.attach(model, tuned.method.method(**tuned.method.options)))
     # A merge runs in float32; the proof loads what was written once more, in a process of its own.
     merged = parameters * 4 if stage.merge else 0

@@ -327,15 +327,36 @@ class ExportStage(Stage):
     """Write the model as a folder that transformers or PEFT load."""
 
     kind = "export"
-    format: Literal["safetensors", "adapter"] = "safetensors"
-    """A whole model, or only what a PEFT method added to it."""
+    format: Literal["safetensors", "adapter", "lora"] = "safetensors"
+    """A whole model, what a PEFT method added to it, or that as a LoRA, which more servers load."""
+    rank: int | float | None = None
+    """Of the LoRA: a number, or the share of each change to keep, such as 0.99 (with format: lora)."""
     merge: bool | None = None
     """Merge the adapter into the weights; by default exactly where the format needs it."""
     dtype: Dtype = "auto"
     """Precision of the written weights; auto keeps that of the model."""
 
+    @field_validator("rank")
+    @classmethod
+    def _number_or_share(cls, rank: float | None) -> float | None:
+        if rank is None or rank in range(1, 1 << 20) or 0 < rank < 1:
+            return rank
+        raise fault(
+            f"rank: {rank} is neither a whole number from 1 nor a share between 0 and 1",
+            "Write rank: 16, say, or rank: 0.99 to keep 99% of every change.",
+        )
+
+    @model_validator(mode="after")
+    def _rank_of_a_lora(self) -> Self:
+        if self.format == "lora" and self.rank is None:
+            raise fault("format: lora needs a rank", "Add rank: 16, say, or rank: 0.99.")
+        if self.format != "lora" and self.rank is not None:
+            raise fault(f"format: {self.format} has no rank", "Write format: lora, or leave rank out.")
+        return self
+
     def summary(self) -> str:
-        return f"{'merged ' if self.merge else ''}{self.format}"
+        rank = f" of rank {self.rank}" if self.format == "lora" else ""
+        return f"{'merged ' if self.merge else ''}{self.format}{rank}"
 
 
 class StageItem(Strict):

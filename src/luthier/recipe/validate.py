@@ -198,10 +198,10 @@ def _export(draft: Draft, place: tuple[str | int, ...], stage: ExportStage) -> I
     tuned = next((s for s in reversed(before) if isinstance(s, TuneStage)), None)
     adapter = tuned is not None and is_adapter(tuned.method)
     method = tuned.method.name if tuned else ""
-    if stage.format == "adapter" and not adapter:
+    if stage.format != "safetensors" and not adapter:
         what = f"{method} changes the model's own weights" if tuned else "no stage before it tunes the model"
         yield (*place, "format"), f"there is no adapter to export: {what}", "Write format: safetensors."
-    elif stage.format == "adapter" and stage.merge:
+    elif stage.format != "safetensors" and stage.merge:
         fix = "Write format: safetensors for the merged model, or leave merge out."
         yield (*place, "merge"), "a merged adapter cannot be exported as an adapter", fix
     elif stage.merge and not adapter:

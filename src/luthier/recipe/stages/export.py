@@ -7,21 +7,24 @@ from luthier.models.saving import save, verify_export
 from luthier.recipe.context import Context
 from luthier.recipe.schema import ExportStage
 from luthier.recipe.stages import StageResult
+from luthier.tuning.convert import to_lora
 from luthier.tuning.merge import merge
 
 
 def run(stage: ExportStage, context: Context) -> StageResult:
-    """`model/` (an adapter is merged into it) or `adapter/`.
+    """`model/` (an adapter is merged into it) or `adapter/` (as it is, or as a LoRA).
 
     Raises:
+        MethodError: the adapter is no change of linear weights, which alone can be a LoRA.
         CheckError: the merged model is not the tuned one, or the folder does not reload as what was saved.
     """
     model, tokenizer = context.lend(train=False)
     dtype = None if stage.dtype == "auto" else getattr(torch, stage.dtype)
     if stage.merge:
         model = merge(model, dtype)
-    elif dtype is not None:
-        model = model.to(dtype)
+    else:
+        model = model if stage.rank is None else to_lora(model, stage.rank)
+        model = model if dtype is None else model.to(dtype)
     folder = save(model, context.work / ("adapter" if isinstance(model, PeftModel) else "model"), tokenizer)
     verify_export(folder, model, tokenizer)
     return StageResult(

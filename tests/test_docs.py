@@ -81,6 +81,13 @@ def test_a_skipped_snippet_is_left_out_and_set_up_comes_first(tmp_path):
     assert [line for line, _ in snippets(page)] == [2, 6]
 
 
+def test_the_readme_says_which_branches_have_no_method_yet():
+    (note,) = re.findall(r"^> \*\*State\*\*.*?(?=^[^>]|\Z)", (ROOT / "README.md").read_text(), re.M | re.S)
+    there = {method.branch for method in taxonomy.methods()}
+    for branch in ("tuning", "compression", "alignment"):
+        assert (f"no {branch} yet" in note) == (branch not in there), branch
+
+
 def test_the_site_builds_with_a_page_for_every_method(tmp_path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("material")

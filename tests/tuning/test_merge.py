@@ -179,9 +179,56 @@ def test_changes_are_summed_by_their_weights():
     assert torch.allclose(merged.get_parameter(name), expected, atol=1e-6)
 
 
-def test_an_unknown_adapter_is_refused():
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+def changes_of(weights, **options):
+    """What is added to one weight, and what each adapter adds to it alone."""
+    base = tiny.llama().get_parameter(NAME)
+    together, *alone = (
+        combine(several(plain(), plain()), names, **given).get_parameter(NAME) - base
+        for names, given in [(weights, options), *(({name: 1.0}, {}) for name in weights)]
+    )
+    return together, torch.stack(alone)
+
+
+def test_ties_takes_the_largest_that_agree_in_sign():
+    found, alone = changes_of({"a": 1.0, "b": 1.0}, how="ties", density=0.25)
+    kept = torch.zeros_like(alone)
+    for row, change in zip(kept, alone, strict=True):
+        bound = change.abs().flatten().sort(descending=True).values[change.numel() // 4 - 1]
+        row[change.abs() >= bound] = 1
+    trimmed = alone * kept
+    agrees = (trimmed.sign() == torch.where(trimmed.sum(0) >= 0, 1.0, -1.0)) & (trimmed != 0)
+    expected = (trimmed * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_dare_drops_at_random_and_keeps_the_mean():
+    found, alone = changes_of({"a": 1.0}, how="dare_linear", density=0.5)
+    dropped = found.abs() < 1e-7
+    assert 0.4 < dropped.float().mean() < 0.6
+    torch.testing.assert_close(found[~dropped], 2 * alone[0][~dropped], rtol=1e-4, atol=1e-6)
+    again, _ = changes_of({"a": 1.0}, how="dare_linear", density=0.5)
+    other, _ = changes_of({"a": 1.0}, how="dare_linear", density=0.5, seed=1)
+    assert torch.equal(found, again)
+    assert not torch.equal(found, other)
+
+
+@pytest.mark.parametrize("how", ["ties", "dare_linear", "dare_ties"])
+def test_alone_and_whole_an_adapter_is_itself(how):
+    found, alone = changes_of({"a": 1.0}, how=how, density=1.0)
+    torch.testing.assert_close(found, alone[0], rtol=1e-4, atol=1e-6)
+
+
+def test_unknown_adapters_and_ways_are_refused():
     with pytest.raises(MethodError, match="no adapter 'x'"):
         combine(several(plain()), {"x": 1.0})
+    with pytest.raises(MethodError, match="'tie'") as error:
+        combine(several(plain()), {"a": 1.0}, how="tie")
+    assert "ties" in error.value.fix
+    with pytest.raises(MethodError, match="density"):
+        combine(several(plain()), {"a": 1.0}, how="ties", density=0.0)
 
 
 def test_adapters_that_replace_modules_are_not_summed():

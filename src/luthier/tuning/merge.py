@@ -7,9 +7,13 @@ storage is split and the config says so. Plain PEFT adds a tied adapter twice an
 untied one (huggingface/peft#2777).
 """
 
+import warnings
+from typing import Any
+
 import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.merge_utils import dare_linear, dare_ties, task_arithmetic, ties
 from torch import nn
 
 from luthier import checks
@@ -19,6 +23,12 @@ from luthier.tuning.groups import require_untieable
 from luthier.tuning.probe import distance, probe_logits
 from luthier.tuning.tuner import DeltaTuner
 
+WAYS: dict[str, Any] = {
+    "linear": task_arithmetic,
+    "ties": ties,
+    "dare_linear": dare_linear,
+    "dare_ties": dare_ties,
+}
 EXACT = 1e-3
 ROUNDED = 0.1
 # An error below this share of the logits is fp32 arithmetic, however small the adapter's effect.
@@ -56,20 +66,42 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return _finish(merged, own, dtype, adapted, base, title)
 
 
-def combine(model: PeftModel, weights: dict[str, float], dtype: torch.dtype | None = None) -> nn.Module:
-    """The base plus a weighted sum of what each adapter changes: W + sum_i w_i (W_i - W).
+def combine(
+    model: PeftModel,
+    weights: dict[str, float],
+    dtype: torch.dtype | None = None,
+    *,
+    how: str = "linear",
+    density: float = 0.5,
+    seed: int = 0,
+) -> nn.Module:
+    """The base plus what several adapters change, D_i = W_i - W, put together in one of four ways.
 
-    Summing the changes, not the factors, keeps the identity that {name: 1.0} is the adapter itself; PEFT's
+        linear       sum_i w_i D_i
+        ties         of each D_i its largest values; in each place the mean of those that have the sign of the
+                     sum (Yadav et al., 2023, "TIES-Merging", arXiv 2306.01708)
+        dare_linear  linear, after random values of each D_i are dropped and the rest grown to the same mean
+                     (Yu et al., 2024, "Language Models are Super Mario", arXiv 2311.03099)
+        dare_ties    ties, on what is left after such dropping
+
+    Taking the changes, not the factors, keeps the identity that {name: 1.0} is the adapter itself; PEFT's
     `add_weighted_adapter` breaks it for rsLoRA, biases and DoRA. The model given is used up.
 
     Args:
-        weights: adapter's name to its weight.
+        weights: adapter's name to its weight w_i.
         dtype: of the result; default: the base's own.
+        density: share of the values that ties and DARE keep, above 0 and at most 1.
+        seed: of what DARE drops.
 
     Raises:
-        MethodError: an unknown adapter, a quantised base, or adapters that also replace whole modules.
+        MethodError: an unknown adapter or way, a density out of range, a quantised base, or adapters that
+            also replace whole modules.
         CheckError: an adapter's change is not what the adapter does, or rounding loses the sum.
     """
+    if how not in WAYS:
+        raise MethodError(f"Adapters cannot be combined by '{how}'.", fix=did_you_mean(how, WAYS))
+    if not 0 < density <= 1:
+        raise MethodError(f"density: {density} is no share of the values.", fix="Write 0.5, say.")
     for name in weights:
         if name not in model.peft_config:
             raise MethodError(f"There is no adapter '{name}'.", fix=did_you_mean(name, model.peft_config))
@@ -84,23 +116,35 @@ def combine(model: PeftModel, weights: dict[str, float], dtype: torch.dtype | No
     shared = _split_shared(model)
     layers = [m for m in model.get_base_model().modules() if isinstance(m, BaseTunerLayer)]
     start = {p: p.detach().clone() for layer in layers for p in layer.get_base_layer().parameters()}
-    total = {p: torch.zeros_like(p) for p in start}
-    for name, weight in weights.items():
+    changes: dict[nn.Parameter, list[torch.Tensor]] = {p: [] for p in start}
+    for name in weights:
         model.set_adapter(name)
         adapted = probe_logits(model)
         for layer in layers:
             layer.merge(safe_merge=True, adapter_names=[name])
         _prove(probe_logits(model), adapted, base, name)
         for p, original in start.items():
-            total[p] += weight * (p.detach() - original)
+            changes[p].append(p.detach() - original)
             p.data = original.clone()  # not unmerge: it would add its own rounding
         for layer in layers:
             layer.merged_adapters.clear()
-    for p, change in total.items():
-        p.data += change
+    shares = torch.tensor(list(weights.values()))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for p, several in changes.items():
+            p.data += _together(several, shares.to(p.device), how, density)
     merged = model.unload()
     _join_equal(merged, shared)
     return _finish(merged, own, dtype, probe_logits(merged), base, " + ".join(weights))
+
+
+def _together(changes: list[torch.Tensor], weights: torch.Tensor, how: str, density: float) -> torch.Tensor:
+    """The changes of one weight, each (out, in), put together; PEFT's functions."""
+    if how == "linear":
+        return task_arithmetic(changes, weights)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The density 1")  # it is asked for
+        return WAYS[how](changes, weights, density)
 
 
 def _title(config: PeftConfig) -> str:

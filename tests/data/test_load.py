@@ -63,6 +63,62 @@ def test_quarantine_sets_bad_records_aside_with_reasons(file, tmp_path):
     assert aside[1]["row"] == "{broken"
 
 
+class TestSkip:
+    def prompts(self, loaded):
+        return [int(row["completion"]) for row in loaded.records]
+
+    def test_and_limit_part_a_file_in_two(self, file):
+        path = file(*numbered(10))
+        assert self.prompts(load(spec(path, limit=4))) == [0, 1, 2, 3]
+        rest = load(spec(path, skip=4))
+        assert self.prompts(rest) == [4, 5, 6, 7, 8, 9]
+        assert rest.records[0]["origin"]["line"] == 5
+        assert (rest.report.read, rest.report.skipped, rest.report.rows) == (10, 4, 6)
+        assert "the first 4 are left out" in rest.report.line()
+        assert self.prompts(load(spec(path, skip=4, limit=3))) == [4, 5, 6]
+
+    def test_counts_good_records_as_limit_does(self, file):
+        path = file(BAD, *numbered(3), BAD, *numbered(3), *numbered(2, start=3))
+        aside = {"on_bad": "quarantine", "max_bad": 0.5}
+        for duplicates, order in (("keep", [0, 1, 2, 0, 1, 2, 3, 4]), ("drop", [0, 1, 2, 3, 4])):
+            options = aside | {"duplicates": duplicates}
+            for n in range(1, len(order)):
+                assert self.prompts(load(spec(path, limit=n, **options))) == order[:n]
+                assert self.prompts(load(spec(path, skip=n, **options))) == order[n:]
+
+    def test_of_rows_where_a_record_gives_several(self, file):
+        row = {"instruction": "Add.", "instances": [{"input": str(n), "output": str(n)} for n in range(3)]}
+        path = file(row | {"is_classification": False}, name="s.jsonl")
+        assert self.prompts(load(spec(path, skip=1))) == [1, 2]
+
+    def test_what_is_left_out_does_not_leak_and_what_is_left_may(self, file):
+        path = file(*numbered(4), *numbered(1), *numbered(3, start=4))
+        held_out = spec(path, limit=4)
+        with pytest.raises(DataError, match=r"a\.jsonl:5: its prompt is in the evaluation data too"):
+            load(spec(path, skip=4), eval_path=held_out)
+        rest = load(spec(path, skip=4, duplicates="drop"), eval_path=held_out)
+        assert (self.prompts(rest), rest.report.leaked) == ([4, 5, 6], 0)
+
+    def test_that_leaves_nothing_is_refused(self, file):
+        path = file(*numbered(5))
+        with pytest.raises(DataError, match=r"is left: skip: 5 leaves out all of its 5 good") as caught:
+            load(spec(path, skip=5))
+        assert "smaller skip" in caught.value.fix
+        with pytest.raises(DataError, match="skip: 400 leaves out all of its 5"):
+            load(spec(path, skip=400))
+
+    def test_of_a_data_set_of_the_hub(self, monkeypatch):
+        import datasets
+
+        found = datasets.Dataset.from_list(numbered(5))
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)
+        assert self.prompts(load(spec("owner/numbers", split="train", skip=2, limit=2))) == [2, 3]
+
+    def test_is_no_negative_number(self):
+        with pytest.raises(ValueError, match="greater than or equal to 0"):
+            spec("a.jsonl", skip=-1)
+
+
 def test_too_many_bad_records_stop_also_under_quarantine(file):
     with pytest.raises(DataError, match=r"1 of 4 records .* are bad \(1 E_EMPTY\), 25\.0% and more than 5%"):
         load(spec(file(*numbered(3), BAD), on_bad="quarantine"))

@@ -32,7 +32,7 @@ class Fault:
 
 @dataclass
 class DataReport:
-    """The account of a load: each record read is used, rejected, skipped, dropped or beyond the limit.
+    """The account of a load: each record read is used, rejected, left out, dropped or beyond the limit.
 
     Attributes:
         files: files (or the Hub id) that gave records.
@@ -41,6 +41,7 @@ class DataReport:
         noted: code -> records repaired or remarked (W_CTRL, E_STEP, E_ROLE, E_GOLD, S_SKIP).
         rejected: code -> records set aside. faults: the first 20 of them.
         duplicates: rows that are exact copies of an earlier one. dropped: those that were removed.
+        skipped: rows at the beginning that were left out as the spec asks.
         leaked: rows whose prompt is in the evaluation data, None where none was given.
         unused: columns of the file that no field of ours reads.
     """
@@ -57,6 +58,7 @@ class DataReport:
     rejected_file: str | None = None
     duplicates: int = 0
     dropped: int = 0
+    skipped: int = 0
     leaked: int | None = None
     unused: list[str] = field(default_factory=list)
 
@@ -67,6 +69,8 @@ class DataReport:
         """One sentence for the terminal."""
         shape = "conversational " if self.conversational and self.type != "messages" else ""
         text = f"{self.rows} rows of {shape}{self.type} from {self.read} records, read as {self.format}"
+        if self.skipped:
+            text += f"; the first {self.skipped} are left out"
         counts = self.noted | self.rejected
         if counts:
             text += "; " + ", ".join(f"{n} {code}" for code, n in sorted(counts.items()))
@@ -142,6 +146,12 @@ def load(
     if set_aside:
         report.rejected_file = str(_write_rejected(set_aside, spec, rejected_file))
     _enough(report, spec)
+    if spec.skip and not records:
+        raise DataError(
+            f"Nothing of {spec.path} is left: skip: {spec.skip} leaves out all of its {report.skipped} good "
+            "records.",
+            fix="Write a smaller skip.",
+        )
     report.conversational = formats.one_kind(records) == "conversational"
     report.rows = len(records)
     _prove(report, spec)
@@ -214,7 +224,7 @@ def _convert(
             break
         notes: list[str] = []
         try:
-            rows = _rows(raw, report.format, spec, notes)
+            rows = _take(_rows(raw, report.format, spec, notes), spec, report, seen)
             if held_out is not None and any(prompt_key(row) in held_out for row in rows):
                 report.leaked = (report.leaked or 0) + 1
                 if not spec.allow_leakage:
@@ -230,16 +240,29 @@ def _convert(
             set_aside.append({"line": raw.line, "code": reject.code, "reason": reject.reason, "row": raw.row})
             continue
         noted.update(set(notes))
-        for row in rows:
-            key = hashlib.sha256(canonical(row)).digest()
-            report.duplicates += key in seen
-            if key in seen and spec.duplicates == "drop":
-                report.dropped += 1
-                continue
-            seen.add(key)
-            records.append(row | {"origin": {"file": raw.file, "line": raw.line}})
+        records += [row | {"origin": {"file": raw.file, "line": raw.line}} for row in rows]
     report.noted, report.rejected = dict(noted), dict(rejected)
     return records[: spec.limit], set_aside
+
+
+def _take(rows: list[Row], spec: DataSpec, report: DataReport, seen: set[bytes]) -> list[Row]:
+    """The rows that are used: no copies that are to be dropped, and none of those to be left out.
+
+    What is left out has been seen: with `skip: n, duplicates: drop` no row is one of the first n.
+    """
+    taken = []
+    for row in rows:
+        key = hashlib.sha256(canonical(row)).digest()
+        copy = key in seen
+        seen.add(key)
+        report.duplicates += copy
+        if copy and spec.duplicates == "drop":
+            report.dropped += 1
+        elif report.skipped < spec.skip:
+            report.skipped += 1
+        else:
+            taken.append(row)
+    return taken
 
 
 def _rows(raw: Raw, format: str, spec: DataSpec, notes: list[str]) -> list[Row]:

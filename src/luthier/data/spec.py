@@ -26,8 +26,10 @@ class DataSpec(BaseModel):
     """Stop at the first bad record, or write bad records with reasons to NAME.rejected.jsonl and go on."""
     max_bad: float = Field(0.05, ge=0, le=1)
     """With quarantine: the share of bad records above which loading stops all the same."""
+    skip: int = Field(0, ge=0)
+    """Leave out the first so many good records, those that `limit` takes elsewhere."""
     limit: int | None = Field(None, ge=1)
-    """Use the first so many good records only."""
+    """Use the first so many good records only, after those of `skip`."""
     duplicates: Literal["keep", "drop"] = "keep"
     """What happens to exact copies of a record. They are counted either way."""
     allow_leakage: bool = False

@@ -139,7 +139,6 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
-        x = self._as_autocast_would(x)
         return self.changed(x, self.base_layer(x, *args, **kwargs))
 
     def changed(self, x: Tensor, y: Tensor) -> Tensor:
@@ -150,6 +149,33 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 total = total + _in_precision_of(x, self.deltas[name], y)
         return total
 
+    def why_unmergeable(self, adapter: str) -> str:
+        """Why an adapter's change cannot be added to a weight, or ''."""
+        return "its change is not a matrix"
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raise MethodError; what can be merged is a `DeltaLinear`."""
+        for name in adapter_names or self.active_adapters:
+            if name in self.deltas and (reason := self.why_unmergeable(name)):
+                raise MethodError(f"The adapter '{name}' cannot be merged: {reason}.")
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # PEFT would cast to the base's dtype too, and round a float32 adapter that it loads.
+        if adapter_name in self.deltas:
+            self.deltas[adapter_name].to(device or _place(self.get_base_layer())[0])
+
+
+class DeltaLinear(DeltaLayer):
+    """A linear layer. Where the changes are matrices and its weight a plain one, they can be merged into it.
+
+    PEFT knows by the name of this class that it is one when `all-linear` is asked for again.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(self._as_autocast_would(x), *args, **kwargs)
+
     def _as_autocast_would(self, x: Tensor) -> Tensor:
         """Cast once what the layer and every product of the change would cast each for itself."""
         kind = x.device.type
@@ -157,9 +183,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return x.to(torch.get_autocast_dtype(kind)) if casts and x.dtype == torch.float32 else x
 
     def why_unmergeable(self, adapter: str) -> str:
-        """Why an adapter's change cannot be added to the layer's weight, or ''."""
         if type(self.deltas[adapter]).weight is Delta.weight:
-            return "its change is not a matrix"
+            return super().why_unmergeable(adapter)
         base = self.get_base_layer()
         plain = isinstance(base, nn.Linear | Conv1D) and type(base.weight) is nn.Parameter
         if not plain or base.weight.dtype not in (*HALF, torch.float32, torch.float64):
@@ -178,6 +203,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             MethodError: they are not changes of a plain weight.
             ValueError: `safe_merge`, and the result is not finite.
         """
+        super().merge(safe_merge, adapter_names)
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.deltas]
         self._add(names, 1, safe_merge)
         self.merged_adapters.extend(names)
@@ -191,9 +217,6 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def _add(self, names: list[str], sign: int, safe: bool) -> None:
         if not names:
             return
-        for name in names:
-            if reason := self.why_unmergeable(name):
-                raise MethodError(f"The adapter '{name}' cannot be merged: {reason}.")
         weight = self.get_base_layer().weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         merged = weight.data.to(dtype) + sign * sum(self.get_delta_weight(name).to(dtype) for name in names)
@@ -203,13 +226,6 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return adapter_name in self.deltas and not self.why_unmergeable(adapter_name)
-
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
-        # PEFT would cast to the base's dtype too, and round a float32 adapter that it loads.
-        if adapter_name in self.deltas:
-            self.deltas[adapter_name].to(device or _place(self.get_base_layer())[0])
 
 
 class FeedForwardLayer(DeltaLayer):
@@ -259,7 +275,7 @@ class DeltaTuner(BaseTuner):
         slot = f"{self.prefix}delta"
         out_features, in_features = features(base_layer, name)
         if not config.beside_ffn:
-            return DeltaLayer(base_layer, slot, out_features, in_features)
+            return DeltaLinear(base_layer, slot, out_features, in_features)
         if name not in self._firsts:
             raise MethodError(
                 f"'{name}' does not end the feed-forward part of a block.",

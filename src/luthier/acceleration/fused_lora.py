@@ -13,7 +13,8 @@ the copies, and makes s u B^T and the sum as new (N, out) tensors. Here the smal
 dtype of x and their gradients come back in float32, so the adapter still learns in float32.
 
 A layer is fused where it is plain: one active LoRA without variant (DoRA), bias or dropout, on a frozen
-`nn.Linear` or `Conv1D`. What is not is left to PEFT, and said. The layer's class, its parameters and its
+`nn.Linear` or `Conv1D`; also where the method computes with factors of its own (`tuning/lora_factors.py`):
+they are A and B then. What is not plain is left to PEFT, and said. The layer's class, its parameters and its
 state dict stay as they are; merging, disabling and saving are PEFT's.
 """
 
@@ -30,6 +31,8 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
+
+from luthier.tuning.lora_factors import FactorLayer, FactorVariant
 
 log = logging.getLogger("luthier.acceleration")
 
@@ -160,16 +163,18 @@ def _forward(self: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def factors(layer: Linear) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
-    """W (out, in), bias (out,), A (r, in), B (out, r) and s of a layer that `why_not` has nothing against."""
+    """W (out, in), bias (out,), A (k, in), B (out, k) and s of a layer that `why_not` has nothing against."""
     name = layer.active_adapters[0]
     base = layer.base_layer
     weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+    if variant := layer.lora_variant.get(name):
+        return weight, base.bias, *variant.factors(layer, name)
     return weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
 
 
 def why_not(layer: LoraLayer) -> str | None:
     """Why a layer cannot run fused now, or None."""
-    if type(layer) is not Linear:
+    if type(layer) is not Linear and not isinstance(layer, FactorLayer):
         return f"{type(layer).__name__} layer"
     if layer.disable_adapters:
         return "disabled"
@@ -179,7 +184,7 @@ def why_not(layer: LoraLayer) -> str | None:
     if len(active) != 1 or len(layer.active_adapters) != 1:
         return f"{len(layer.active_adapters)} active adapters"
     name = active[0]
-    if name in layer.lora_variant:
+    if name in layer.lora_variant and not isinstance(layer.lora_variant[name], FactorVariant):
         return type(layer.lora_variant[name]).__name__.removesuffix("LinearVariant")
     dropout = layer.lora_dropout[name]
     if getattr(dropout, "p", 0.0) and dropout.training:

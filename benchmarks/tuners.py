@@ -4,7 +4,8 @@
 
 SmolLM2-135M, 4 rows of 160 tokens, forward, backward and AdamW; the head runs on the last column only, so
 that the trunk, where the tuners are, is what is measured. Where PEFT has no class of a method, the peer is
-PEFT's LoRA of about as many parameters. Ours runs as in a trainer of ours: fused where it has LoRA layers. Every measurement is a process of its own, and the two sides take turns. Result: benchmarks/README.md.
+PEFT's LoRA of about as many parameters. Ours runs as in a trainer of ours: fused where it has LoRA layers.
+Every measurement is a process of its own, and the sides take turns. Result: benchmarks/README.md.
 """
 
 import argparse
@@ -109,7 +110,8 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        print(json.dumps(measure(*given.one, given.steps)))
+        name, side = given.one
+        print(json.dumps(measure(name, side, given.steps)))
         return
     print("| method | peer | parameters | peer's | s a step | peer's | speed | MiB | peer's | memory |")
     print("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|", flush=True)

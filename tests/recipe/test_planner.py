@@ -7,7 +7,7 @@ import tiny
 from typer.testing import CliRunner
 
 from luthier.cli.main import app
-from luthier.errors import CheckError, ResourceError
+from luthier.errors import CheckError, MethodError, ResourceError
 from luthier.models.saving import save
 from luthier.recipe import machine, planner
 from luthier.recipe.planner import plan
@@ -104,6 +104,13 @@ def test_long_texts_are_measured_by_windows(planned, folder):
         "evaluate={data: long.txt, metrics: [perplexity]}".replace("evaluate=", "stages.0.evaluate=")
     )
     assert found.stages[0].memory.activations < 100e6
+
+
+def test_an_adapter_that_the_export_could_not_merge_is_refused_before_it_is_trained(planned):
+    method = "tune.method={name: krona, variant: krona_b}"
+    with pytest.raises(MethodError, match=r"down_proj' cannot be merged.*format: adapter"):
+        planned(method)
+    planned(method, "export.format=adapter")
 
 
 def test_time_follows_the_steps(planned):

@@ -31,6 +31,7 @@ from luthier.recipe.schema import EvaluateStage, ExportStage, Recipe, Stage, Tun
 from luthier.recipe.survey import Amount, amount
 from luthier.resources import resident_memory, show_bytes
 from luthier.tuning.attach import trainable as trained
+from luthier.tuning.merge import require_mergeable
 
 # Bytes of optimizer state for each trained parameter, by the beginning of `training.optim`.
 _STATE = {
@@ -150,7 +151,7 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         ModelError: the model's config is not on this machine and cannot be fetched.
         DataError: a data set cannot be read.
-        MethodError: a method cannot be put on this model.
+        MethodError: a method cannot be put on this model, or not be merged where an export would merge it.
         CheckError: an evaluation measures what a stage before it trains on.
     """
     base = _Base(recipe)
@@ -425,6 +426,8 @@ def _export(base: _Base, stage: ExportStage, tuned: TuneStage | None) -> StagePl
     artefact = weights
     if stage.format != "safetensors" and tuned is not None:
         _, artefact, _ = footprint.sizes(footprint.attach(model, tuned.method.method(**tuned.method.options)))
+    if stage.merge and tuned is not None:
+        require_mergeable(footprint.attach(model, tuned.method.method(**tuned.method.options)))
     # A merge runs in float32; the proof loads what was written once more, in a process of its own.
     merged = parameters * 4 if stage.merge else 0
     memory = Memory(weights=weights, activations=merged, runtime=2 * machine.RUNTIME + artefact)

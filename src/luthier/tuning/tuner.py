@@ -9,9 +9,9 @@ A method file states its options, its change, and a prefix for its parameters' n
         r: int = option(8, "rank", ge=1)
 
     class Change(Delta):
-        def __init__(self, config, out_features, in_features, name):     # parameters and their start
-            super().__init__()
-            self.A = nn.Parameter(...)
+        def __init__(self, config, out_features, in_features, name):
+            super().__init__(config, out_features, in_features, name)
+            self.A = nn.Parameter(...)    # and its start
         def forward(self, x, y):          # what is added to the layer's output y, from the layer's input x
             return (x @ self.A.T) @ self.B.T
         def weight(self):                 # the same as a matrix (out, in), where there is one: for merging

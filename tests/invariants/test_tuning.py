@@ -135,7 +135,8 @@ def test_saved_and_loaded_again_gives_the_same_logits(name, kind, tmp_path):
     else:
         model.save_pretrained(tmp_path / "saved")
         loaded = type(model).from_pretrained(tmp_path / "saved")
-    assert torch.allclose(training.logits(loaded), expected, rtol=0, atol=1e-5)
+    found = training.logits(loaded)[:, -expected.shape[1] :]  # PEFT's own prompts have logits too
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5)
 
 
 @every_case

@@ -12,8 +12,7 @@ from peft.utils.other import _prepare_prompt_learning_config
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from luthier.errors import MethodError, ModelError
-from luthier.models import tokens
+from luthier.errors import ModelError
 from luthier.tuning.attention_prompts import (
     AttentionPrompt,
     Reparametrisation,
@@ -24,7 +23,16 @@ from luthier.tuning.attention_prompts import (
     run_recorded,
     underlying,
 )
-from luthier.tuning.soft_prompts import PromptConfig, PromptTuner, device_of
+from luthier.tuning.soft_prompts import (
+    PromptConfig,
+    PromptTuner,
+    device_of,
+    learnt_positions,
+    require_room,
+    text_ids,
+    text_of,
+    text_positions,
+)
 
 
 @dataclass
@@ -69,7 +77,7 @@ class AttentionPromptTuner(PromptTuner):
         self.layers = []
         trunk = model.base_model
         self._positions = inspect.signature(trunk.forward).parameters.get("position_ids") is not None
-        self._limit, self._first = _learnt_positions(trunk)
+        self._limit, self._first = learnt_positions(trunk)
         self._hook = trunk.register_forward_pre_hook(self._shift, with_kwargs=True)
         model.set_attn_implementation(over(underlying(model.config._attn_implementation)))
 
@@ -127,20 +135,12 @@ class AttentionPromptTuner(PromptTuner):
         length = max((layer.length() for layer in self.layers), default=0)
         if not self._positions or not length or not self._shifts() or recording():
             return None
-        text = args[0] if args else kwargs.get("input_ids")
-        if text is None:
-            text = kwargs["inputs_embeds"]
-        cache = kwargs.get("past_key_values")
+        text, cache = text_of(args, kwargs), kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
-        if self._limit is not None and past + text.shape[1] + length > self._limit:
-            raise ModelError(
-                f"A text of {past + text.shape[1]} tokens behind a prompt of {length} does not fit into the "
-                f"{self._limit} positions of {type(trunk).__name__}.",
-                fix=f"Cut texts to {self._limit - length} tokens, or shorten num_virtual_tokens.",
-            )
+        require_room(trunk, self._limit, past + text.shape[1], length)
         positions = kwargs.get("position_ids")
         if positions is None:
-            positions = self._first + _positions(kwargs.get("attention_mask"), text, past)
+            positions = self._first + text_positions(kwargs.get("attention_mask"), text, past)
         return args, kwargs | {"position_ids": positions + length}
 
     def _shifts(self) -> bool:
@@ -221,46 +221,13 @@ def _uniform(site: Site) -> tuple[str, int, int, int]:
     return "self", site.heads, site.key_dim, site.key_dim
 
 
-def _positions(mask: Any, text: Tensor, past: int) -> Tensor:
-    """Positions (1 or batch, seq) of the text alone; they count real tokens where a mask tells which are."""
-    length = text.shape[1]
-    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == past + length:
-        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-    return torch.arange(past, past + length, device=text.device)[None]
-
-
-def _learnt_positions(trunk: nn.Module) -> tuple[int | None, int]:
-    """How many positions a table of learnt ones has room for, None without one, and which is the first."""
-    for path, module in trunk.named_modules():
-        name = path.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and ("position" in name or name == "wpe"):
-            # RoBERTa's padding has a position of its own, before all others.
-            first = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - first - getattr(module, "offset", 0), first
-    return None, 0
-
-
 def text_pairs(model: PreTrainedModel, text: str, length: int) -> dict[str, Tensor]:
-    """Keys and values (length, size) that each attention computes for a text, by the path of its module.
-
-    The text's tokens, without special ones, are repeated or cut to `length`.
-
-    Raises:
-        ModelError: there is no tokenizer beside the model. MethodError: the text has no tokens.
-    """
-    tokenizer = tokens.load(model.name_or_path, model.name_or_path, False, None)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise MethodError(
-            "init_text has no tokens.", fix="Write a few words of the task, such as 'summarise:'."
-        )
-    ids = (ids * (length // len(ids) + 1))[:length]
+    """Keys and values (length, size) that each attention computes for a text, by the path of its module."""
+    ids = text_ids(model, text, length)
     calls = run_recorded(model, torch.tensor([ids], device=device_of(model)))
     paths = {module: path for path, module in model.named_modules()}
     return {
         # (1, heads, length, dim) to (length, heads * dim), keys before values
-        paths[call.module]: torch.cat(
-            [t[0].transpose(0, 1).flatten(1) for t in (call.key, call.value)], dim=1
-        )
+        paths[call.module]: torch.cat([t[0].transpose(0, 1).flatten(1) for t in (call.key, call.value)], 1)
         for call in calls
     }

@@ -24,9 +24,11 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from luthier import taxonomy
 from luthier.errors import MethodError, ModelError
+from luthier.models import tokens
 from luthier.terminal import no_peft_warnings
 from luthier.tuning.registration import registered_type
 
@@ -226,3 +228,54 @@ def _more_a_part(name: str) -> str:
 
 def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
+
+
+# Inputs of a transformer -------------------------------------------------------------------------------
+
+
+def text_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """What a transformer's forward is given: token ids (batch, seq), or their vectors (batch, seq, width)."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    return kwargs["inputs_embeds"] if ids is None else ids
+
+
+def require_room(trunk: nn.Module, limit: int | None, text: int, prompt: int) -> None:
+    """Raise ModelError where learnt positions end before a text of `text` tokens behind a prompt does."""
+    if limit is not None and text + prompt > limit:
+        raise ModelError(
+            f"A text of {text} tokens behind a prompt of {prompt} does not fit into the {limit} positions of "
+            f"{type(trunk).__name__}.",
+            fix=f"Cut texts to {limit - prompt} tokens, or shorten num_virtual_tokens.",
+        )
+
+
+def text_positions(mask: Any, text: Tensor, past: int) -> Tensor:
+    """Positions (1 or batch, seq) of the text alone; they count real tokens where a mask tells which are."""
+    length = text.shape[1]
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == past + length:
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+    return torch.arange(past, past + length, device=text.device)[None]
+
+
+def learnt_positions(trunk: nn.Module) -> tuple[int | None, int]:
+    """How many positions a table of learnt ones has room for, None without one, and which is the first."""
+    for path, module in trunk.named_modules():
+        name = path.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ("position" in name or name == "wpe"):
+            # RoBERTa's padding has a position of its own, before all others.
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - first - getattr(module, "offset", 0), first
+    return None, 0
+
+
+def text_ids(model: PreTrainedModel, text: str, length: int | None = None) -> list[int]:
+    """Token ids of a text without special ones, by the model's own tokenizer; repeated or cut to `length`.
+
+    Raises:
+        ModelError: there is no tokenizer beside the model. MethodError: the text has no tokens.
+    """
+    tokenizer = tokens.load(model.name_or_path, model.name_or_path, False, None)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise MethodError(f"'{text}' has no tokens to start from.", fix="Write a few words of the task.")
+    return ids if length is None else (ids * (length // len(ids) + 1))[:length]

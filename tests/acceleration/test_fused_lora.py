@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from luthier.acceleration import fused_lora
+from luthier.acceleration import fused_lora, fused_mlp
 from luthier.acceleration.fused_lora import fuse, lora_linear, unfuse
 
 
@@ -82,17 +82,34 @@ def test_bfloat16_is_no_further_from_float32_than_pefts():
     assert error(ours) ** 0.5 <= 1.15 * error(pefts) ** 0.5
 
 
-def test_what_is_saved_for_backward_is_the_input_and_r_columns():
+@pytest.mark.parametrize("a_learns", [True, False])
+def test_what_is_saved_for_backward_is_r_columns_and_the_input_where_a_learns(a_learns):
     rows, width, out, r = 64, 32, 48, 4
     x = torch.randn(rows, width, dtype=torch.bfloat16, requires_grad=True)
     w = torch.randn(out, width, dtype=torch.bfloat16)
-    a, b = torch.randn(r, width, requires_grad=True), torch.randn(out, r, requires_grad=True)
+    a, b = torch.randn(r, width, requires_grad=a_learns), torch.randn(out, r, requires_grad=True)
     held = {t.data_ptr() for t in (w, a, b)}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        lora_linear(x, w, None, a, b, 2.0)
+        y = lora_linear(x, w, None, a, b, 2.0)
     new = [t for t in saved if t.data_ptr() not in held]
-    assert sum(t.numel() * t.element_size() for t in new) == 2 * rows * (width + r)
+    assert sum(t.numel() * t.element_size() for t in new) == 2 * rows * (a_learns * width + r)
+    y.sum().backward()
+    assert (a.grad is not None) == a_learns
+
+
+def test_a_frozen_a_changes_no_other_gradient():
+    model = adapted(tiny.llama())
+    fuse(model)
+    loss, gradients = step(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    with fused_mlp.fused(model):
+        found_loss, found = step(model)
+    assert found_loss == pytest.approx(loss, rel=1e-6)
+    assert found.keys() == {name for name in gradients if "lora_B" in name}
+    for name, gradient in found.items():
+        assert (gradient - gradients[name]).norm() <= 2e-6 * gradients[name].norm(), name
 
 
 def test_autocast_runs_in_its_dtype_and_gives_float32_gradients():

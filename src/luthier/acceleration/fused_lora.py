@@ -5,7 +5,7 @@ Lighter LoRA Implementations", arXiv 2312.03415 (which order of products is chea
 
 x (N, in), W (out, in), A (r, in), B (out, r), s the scale, g = dL/dy (N, out):
 
-    u = x A^T        y = x W^T + b;  y += s u B^T            saved: x, u, and references to W, A, B
+    u = x A^T        y = x W^T + b;  y += s u B^T        saved: u, x where A learns, references to W, A, B
     v = s g B        dx = g W;  dx += v A        dA = v^T x        dB = s g^T u
 
 PEFT computes the same with autograd: it casts x to the adapter's float32 in every adapted layer, keeps
@@ -110,7 +110,8 @@ class _LoraLinear(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, in)
             y, u = product(rows, weight, bias, a, b, scaling)
-        ctx.save_for_backward(rows, u, weight, a, b)
+        # x is as wide as the model, u as the rank; only the gradient of A needs x (LoRA-FA's A has none).
+        ctx.save_for_backward(rows if ctx.needs_input_grad[3] else None, u, weight, a, b)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -137,7 +138,7 @@ def product(
 
 def gradients(
     grad: Tensor,
-    rows: Tensor,
+    rows: Tensor | None,
     u: Tensor,
     weight: Tensor,
     a: Tensor,
@@ -145,11 +146,15 @@ def gradients(
     scaling: float,
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx (N, in), dA and dB for the gradient (N, out) of `product`; None for what is not needed."""
-    g = grad.to(rows.dtype)
+    """dx (N, in), dA and dB for the gradient (N, out) of `product`; None for what is not needed.
+
+    Args:
+        rows: needed for dA alone.
+    """
+    g = grad.to(u.dtype)
     v = (g @ b.to(g.dtype)).mul_(scaling)  # (N, r)
     dx = (g @ weight.to(g.dtype)).addmm_(v, a.to(g.dtype)) if needed[0] else None
-    da = (v.t() @ rows).to(a.dtype) if needed[1] else None
+    da = (v.t() @ rows).to(a.dtype) if needed[1] and rows is not None else None
     # (r, out) and then transposed: the product with the long side last is the faster one.
     db = (u.t() @ g).mul_(scaling).t().to(b.dtype) if needed[2] else None
     return dx, da, db

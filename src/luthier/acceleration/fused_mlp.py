@@ -119,7 +119,8 @@ class _GatedDown(torch.autograd.Function):
         opened = F.silu(gate)
         g = grad.reshape(-1, grad.shape[-1])
         needed = (True, *ctx.needs_input_grad[4:6])
-        dhidden, da, db = fused_lora.gradients(g, opened * up, u, weight, a, b, ctx.scaling, needed)
+        hidden = opened * up if needed[1] else None
+        dhidden, da, db = fused_lora.gradients(g, hidden, u, weight, a, b, ctx.scaling, needed)
         assert dhidden is not None
         dup = opened.mul_(dhidden)
         dgate = torch.ops.aten.silu_backward(dhidden.mul_(up), gate)

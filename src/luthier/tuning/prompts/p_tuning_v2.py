@@ -12,13 +12,13 @@ In layer l every query sees P learnt pairs before the text's keys and values:
     o = softmax( q [K_l; K]^T s + mask ) [V_l; V],    K_l, V_l (P, H d) ~ N(0, 0.02^2)
 
 Trained: K_l, V_l of the layers `first_layer` to `last_layer`, and the new head on the first token or on
-every one. Frozen: all else, the pooler too. Dropout acts on all numbers of the prompts, for every text anew, as the
-backbone's acts on its states.
+every one. Frozen: all else, the pooler too. Dropout acts on all numbers of the prompts, for every text
+anew, as the backbone's acts on its states.
 
-What differs from prefix tuning is the use and the defaults: no projection (`prefix_projection` brings it back;
-the paper finds it helps some tasks and hurts others), a small start, dropout, a head instead of a verbaliser.
-Prompts in the upper layers matter most: with `first_layer` above 0 the layers below keep no activations for
-the backward pass.
+What differs from prefix tuning is the use and the defaults: no projection (`prefix_projection` brings it
+back; the paper finds that it helps some tasks and hurts others), a small start, dropout, a head instead of
+a verbaliser. Prompts in the upper layers matter most: with `first_layer` above 0 the layers below keep
+nothing for the backward pass.
 
 As in the authors' code the positions of the text begin at P, so T + P must fit into the model's positions.
 Differs from it: a classifier keeps the head of its architecture (RoBERTa's has two layers, and both learn).

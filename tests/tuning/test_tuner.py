@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import peft
@@ -416,6 +417,114 @@ def test_two_kinds_of_change_do_not_share_a_layer():
     with pytest.raises(MethodError, match=r"down_proj' carries an adapter of another variant"):
         model.add_adapter("more", Config(beside=True))
     model.add_adapter("elsewhere", Config(target_modules=["up_proj"]))
+
+
+# --- what methods of other kinds override
+
+
+class Shared(Pair):
+    """One factor of its own, the other of all layers together."""
+
+    def __init__(self, config, out_features, in_features, bank, adapter):
+        nn.Module.__init__(self)
+        self.up = nn.Parameter(torch.zeros(out_features, config.r))
+        # The holder, not the parameter: that would be a parameter of every layer.
+        self.bank, self.adapter = (bank,), adapter
+        self.repeats = in_features // 16
+
+    def forward(self, x, y):
+        return x @ self.bank[0][self.adapter]["down"].repeat(1, self.repeats).T @ self.up.T
+
+    def weight(self):
+        return self.up @ self.bank[0][self.adapter]["down"].repeat(1, self.repeats)
+
+
+class SharedTuner(DeltaTuner):
+    prefix = "shared_"
+    uses_shared_state = True
+
+    def make_delta(self, config, layer, name, adapter):
+        if not hasattr(self, "shared_bank"):
+            self.shared_bank = nn.ModuleDict()
+        if adapter not in self.shared_bank:
+            self.shared_bank[adapter] = nn.ParameterDict({"down": torch.randn(config.r, 16)})
+        return Shared(config, layer.out_features, layer.in_features, self.shared_bank, adapter)
+
+
+@dataclass
+class SharedConfig(DeltaConfig):
+    r: int = 2
+
+
+class Behind(Bottleneck):
+    """Behind a module that has no weight, by an input that comes with the batch."""
+
+    def __init__(self, config, out_features, in_features, gate):
+        super().__init__(config, out_features, in_features, "")
+        self.gate = gate
+
+    def forward(self, x, y):
+        return self.gate["size"][:, None, None] * super().forward(x, y)
+
+
+class BehindTuner(DeltaTuner):
+    prefix = "behind_"
+
+    def _prepare_adapter_config(self, peft_config, model_config):
+        peft_config.target_modules = {"mlp.act_fn"}
+        self.gate = {}
+        return peft_config
+
+    def make_layer(self, config, base_layer, name):
+        width = self.model.get_submodule(name.replace("act_fn", "up_proj")).out_features
+        return DeltaLayer(base_layer, "behind_delta", width, width)
+
+    def make_delta(self, config, layer, name, adapter):
+        return Behind(config, layer.out_features, layer.in_features, self.gate)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        self.gate["size"] = kwargs["size"]
+        yield
+
+
+@dataclass
+class BehindConfig(DeltaConfig):
+    r: int = 2
+
+
+register("shared", SharedConfig, SharedTuner)
+register("behind", BehindConfig, BehindTuner)
+
+
+def test_changes_can_share_parameters(tmp_path):
+    model = attach(tiny.llama(), SharedConfig(target_modules=["q_proj", "down_proj"]))
+    assert trainable(model)[0] == 2 * 16 + 4 * 32 * 2
+    training.train(model, tmp_path / "run")
+    expected = training.logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    names = set(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert sum("down" in n.rsplit(".", 1)[1] for n in names) == 1
+    other = attach(tiny.llama(), SharedConfig(target_modules=["q_proj", "down_proj"]))
+    other.load_adapter(tmp_path / "adapter", "loaded")
+    other.set_adapter("loaded")
+    assert torch.equal(training.logits(other), expected)
+    assert torch.allclose(training.logits(merge(model)), expected, atol=1e-4)
+
+
+def test_modules_without_weights_and_inputs_of_the_batch_are_carried(tmp_path):
+    model = get_peft_model(tiny.llama(), BehindConfig())
+    model.special_peft_forward_args = model.special_peft_forward_args | {"size"}
+    training.disturb(model, 0.3)
+    inputs = training.batch(model)
+    base = training.logits(tiny.llama())
+    with torch.no_grad():
+        found = model(**inputs, size=torch.tensor([0.0, 1.0])).logits
+    assert torch.allclose(found[0], base[0], atol=1e-5)
+    assert not torch.allclose(found[1], base[1], atol=1e-2)
+    with pytest.raises(MethodError, match="not a matrix"):
+        model.merge_and_unload()
+    assert torch.equal(training.logits(model.unload()), base)
 
 
 # --- files

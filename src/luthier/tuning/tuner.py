@@ -36,6 +36,7 @@ under a name with the prefix), `DeltaTuner.make_layer` to wrap modules of anothe
 `_enable_peft_forward_hooks` for inputs that travel with the batch.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -164,7 +165,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         # PEFT would cast to the base's dtype too, and round a float32 adapter that it loads.
         if adapter_name in self.deltas:
-            self.deltas[adapter_name].to(device or _place(self.get_base_layer())[0])
+            self.deltas[adapter_name].to(device or _place(self.get_base_layer(), self)[0])
 
 
 class DeltaLinear(DeltaLayer):
@@ -337,7 +338,7 @@ class DeltaTuner(BaseTuner):
                 "the other that of the whole feed-forward part.",
                 fix="Put the two on models of their own.",
             )
-        device, dtype = _place(layer.get_base_layer())
+        device, dtype = _place(layer.get_base_layer(), self.model)
         with torch.device(device):
             delta = self.make_delta(peft_config, layer, current_key, adapter_name)
         delta.to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -355,7 +356,7 @@ class DeltaTuner(BaseTuner):
         if autocast_adapter_dtype:
             return
         for _, layer in self.layers():
-            dtype = _place(layer.get_base_layer())[1]
+            dtype = _place(layer.get_base_layer(), self.model)[1]
             if adapter_name in layer.deltas and dtype.is_floating_point:
                 layer.deltas[adapter_name].to(dtype)
 
@@ -372,14 +373,14 @@ class DeltaTuner(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # PEFT's own expects the adapter's name last or next to last; a change may hold modules of its own.
-        slot = f".{cls.prefix}delta."
-        return key.replace(f"{slot}{adapter_name}.", slot, 1)
+        return re.sub(rf"(\.{cls.prefix}\w+)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key, count=1)
 
 
-def _place(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of a layer's weight."""
-    for tensor in chain(layer.parameters(), layer.buffers()):
-        return tensor.device, tensor.dtype
+def _place(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the first tensor in the first of the modules that has one."""
+    for module in modules:
+        for tensor in chain(module.parameters(), module.buffers()):
+            return tensor.device, tensor.dtype
     return torch.device("cpu"), torch.float32
 
 

@@ -15,7 +15,7 @@ attends to the rows too.
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import peft
 import torch
@@ -36,6 +36,7 @@ from luthier.tuning.soft_prompts import (
     require_room,
     text_of,
     text_positions,
+    token_id,
 )
 
 # Where the rows go ------------------------------------------------------------------------------------
@@ -163,12 +164,22 @@ class InputPrompt(PromptLayer):
 
 @dataclass
 class InputPromptConfig(PromptConfig):
-    """What the engine asks of a method's config; a method declares as options what its users may choose."""
+    """What the engine reads; a method declares as options what its users may choose.
+
+    Attributes:
+        marker: a token of the tokenizer; each text has it P times, where the rows go. None: in front.
+        marker_id: its id, looked up when the prompt is made.
+        encoder: what makes the rows in training; "none" where they learn directly.
+    """
+
+    marker: str | None = None
+    marker_id: int | None = None
+    encoder: str = "none"
 
     @classmethod
     def plain(cls, **options: Any) -> "InputPromptConfig":
         """A config of rows that learn directly, as files of PEFT's have them."""
-        return cls(**options)
+        return cls(encoder="none", **options)
 
     def check_model(self, model: nn.Module) -> None:
         require_embeddings(model)
@@ -180,6 +191,8 @@ class InputPromptConfig(PromptConfig):
 
 class InputPromptTuner(PromptTuner):
     """Puts an `InputPrompt` beside the embedding layer, and its hooks on that and on the trunk."""
+
+    kind_of_peft: ClassVar[type[PeftConfig]] = peft.PromptTuningConfig  # whose files ours are
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         require_embeddings(model)
@@ -218,6 +231,8 @@ class InputPromptTuner(PromptTuner):
         current_key: str,
     ) -> None:
         layer, length = self.prompt[0], peft_config.num_virtual_tokens
+        if peft_config.marker is not None and peft_config.marker_id is None and not target.weight.is_meta:
+            peft_config.marker_id = token_id(self.model, peft_config.marker)
         setattr(target, f"{self.prefix}prompt", layer)
         layer.add(adapter_name, length, peft_config.initial(self.model, layer.width))
         weight = target.weight
@@ -231,7 +246,10 @@ class InputPromptTuner(PromptTuner):
         self._longer.append(None)
         length = self.prompt[0].length()
         text, mask = text_of(args, kwargs), kwargs.get("attention_mask")
-        if not length or self._placed(text):
+        if not length:
+            return None
+        if (marker := self._marker()) is not None:
+            self._require_places(text, marker, length)
             return None
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise ModelError(
@@ -257,9 +275,27 @@ class InputPromptTuner(PromptTuner):
             found["token_type_ids"] = where.merge(types.new_zeros(length), types)
         return (), kwargs | {"input_ids": None} | found
 
-    def _placed(self, text: Tensor) -> bool:
-        """Whether the text holds ids of the prompt already, where it was written to have them."""
-        return False
+    def _marker(self) -> int | None:
+        """The id that marks the places of what is active, or None where it goes in front."""
+        names = self.prompt[0].active()
+        found = {self.peft_config[name].marker_id for name in names}
+        if len(names) > 1 and found != {None}:
+            raise MethodError("Of prompts with marked places one can be active.", fix="Use set_adapter.")
+        return found.pop() if found else None
+
+    def _require_places(self, text: Tensor, marker: int, length: int) -> None:
+        """Raise ModelError for a text with some places, but not all of them."""
+        if text.is_floating_point():
+            raise ModelError(
+                "Marked places are found in token ids; vectors have none.", fix="Give input_ids."
+            )
+        counts = (text == marker).sum(1)
+        if int((counts % length).sum()):
+            row = int((counts % length).nonzero()[0])
+            raise ModelError(
+                f"Text {row + 1} of the batch has {int(counts[row])} places for a prompt of {length} rows.",
+                fix="Write the marker exactly num_virtual_tokens times, where it is not cut off.",
+            )
 
     def _text(self, where: Layout, text: Tensor, length: int) -> dict[str, Tensor]:
         if text.is_floating_point():
@@ -304,7 +340,11 @@ class InputPromptTuner(PromptTuner):
         ids, length = args[0], self.prompt[0].length()
         if not length:
             return args
-        self._rows = ids - embedding.weight.shape[0]
+        if (marker := self._marker()) is None:
+            self._rows = ids - embedding.weight.shape[0]
+        else:
+            here = ids == marker
+            self._rows = torch.where(here, (here.long().cumsum(-1) - 1) % length, -1)
         return (ids.masked_fill((self._rows >= 0) & (self._rows < length), 0), *args[1:])
 
     def _write(self, embedding: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -330,12 +370,17 @@ class InputPromptTuner(PromptTuner):
         path = next(path for path, module in self.model.named_modules() if module is layer)
         return {f"base_model.model.{path}.table": layer.rows(adapter).detach()}
 
+    def folded_config(self, adapter: str) -> PeftConfig:
+        config = super().folded_config(adapter)
+        config.encoder = "none"
+        return config
+
     def to_peft(self, adapter: str) -> tuple[PeftConfig, Tensor] | None:
-        # PEFT's class pools a classifier's answer from the prompt, or from padding.
-        if structure.task(self.model) not in ("causal", "seq2seq"):
-            return None
         config, layer = self.peft_config[adapter], self.prompt[0]
-        found = peft.PromptTuningConfig(
+        # PEFT's class pools a classifier's answer from the prompt, or from padding.
+        if structure.task(self.model) not in ("causal", "seq2seq") or config.marker is not None:
+            return None
+        found = self.kind_of_peft(
             num_virtual_tokens=config.num_virtual_tokens,
             num_transformer_submodules=1,
             task_type=config.task_type,

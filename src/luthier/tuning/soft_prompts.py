@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier import taxonomy
-from luthier.errors import MethodError, ModelError
+from luthier.errors import MethodError, ModelError, did_you_mean
 from luthier.models import tokens
 from luthier.terminal import no_peft_warnings
+from luthier.tuning.probe import evaluating
 from luthier.tuning.registration import registered_type
 
 WEIGHTS = "adapter_model.safetensors"
@@ -140,13 +141,14 @@ def save(model: PeftModel, folder: Path | str) -> None:
     state = get_peft_model_state_dict(model, adapter_name=adapter)
     own = get_own_names(tuner, adapter)
     beside = {name: tensor for name, tensor in state.items() if name not in own}  # a new head
-    peft = tuner.to_peft(adapter)
-    if peft is None:
-        config, tensors = tuner.folded_config(adapter), tuner.folded(adapter) | beside
-    else:
-        config, table = peft
-        # PEFT's prompt classes wrap no tuner round the model: one part of the names less.
-        tensors = {TABLE: table} | {_less_a_part(name): tensor for name, tensor in beside.items()}
+    with evaluating(model):  # a reparametrisation may have dropout
+        peft = tuner.to_peft(adapter)
+        if peft is None:
+            config, tensors = tuner.folded_config(adapter), tuner.folded(adapter) | beside
+        else:
+            config, table = peft
+            # PEFT's prompt classes wrap no tuner round the model: one part of the names less.
+            tensors = {TABLE: table} | {_less_a_part(name): tensor for name, tensor in beside.items()}
     config.inference_mode = True
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(stored, folder / WEIGHTS, {"format": "pt"})
@@ -279,3 +281,19 @@ def text_ids(model: PreTrainedModel, text: str, length: int | None = None) -> li
     if not ids:
         raise MethodError(f"'{text}' has no tokens to start from.", fix="Write a few words of the task.")
     return ids if length is None else (ids * (length // len(ids) + 1))[:length]
+
+
+def token_id(model: PreTrainedModel, token: str) -> int:
+    """The id of one token of the model's own tokenizer.
+
+    Raises:
+        ModelError: there is no tokenizer beside the model. MethodError: it has no such token.
+    """
+    tokenizer = tokens.load(model.name_or_path, model.name_or_path, False, None)
+    vocabulary = tokenizer.get_vocab()
+    if token not in vocabulary:
+        marked = [t for t in vocabulary if len(t) > 2 and t[0] in "<[" and t[-1] in ">]"]
+        raise MethodError(
+            f"'{token}' is no token of {model.name_or_path}.", fix=did_you_mean(token, sorted(marked)[:50])
+        )
+    return int(vocabulary[token])

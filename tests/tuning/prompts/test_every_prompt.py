@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict] = {
     "prefix": {"num_virtual_tokens": 5, "encoder_hidden_size": 16},
     "prompt": {"num_virtual_tokens": 5},
     "p_tuning_v2": {"num_virtual_tokens": 5},
+    "p_tuning": {"num_virtual_tokens": 5},
 }
 CASES = [(name, kind) for name in METHODS for kind in MODELS]
 every_case = pytest.mark.parametrize(("name", "kind"), CASES, ids=["-".join(case) for case in CASES])

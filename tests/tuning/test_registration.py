@@ -12,6 +12,7 @@ from peft.tuners.ln_tuning import LNTuningModel
 
 from luthier import taxonomy
 from luthier.errors import MethodError
+from luthier.models import loading
 from luthier.tuning import registration
 
 METHOD = '''"""A method.
@@ -123,7 +124,7 @@ def test_the_name_is_read_without_importing(mine):
 
 
 def test_peft_imports_the_file_when_it_asks_for_the_config(mine, tmp_path):
-    registration.register_all.__wrapped__()
+    registration.register_all()
     assert isinstance(PEFT_TYPE_TO_CONFIG_MAPPING["MINE"], registration.Deferred)
     assert registration.is_ours("MINE")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "MINE", "size": 3, "of_tomorrow": 1}')
@@ -133,7 +134,12 @@ def test_peft_imports_the_file_when_it_asks_for_the_config(mine, tmp_path):
     assert PEFT_TYPE_TO_CONFIG_MAPPING["MINE"] is type(config)
 
 
+def test_the_house_loads_adapters_of_a_file_that_was_added_late(mine, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "MINE", "task_type": "SEQ_CLS"}')
+    assert loading._task_of(tmp_path) == "classification"
+
+
 def test_a_deferred_class_answers_as_the_class(mine, tmp_path):
-    registration.register_all.__wrapped__()
+    registration.register_all()
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "MINE", "size": 3}')
     assert PEFT_TYPE_TO_CONFIG_MAPPING["MINE"].from_pretrained(tmp_path).size == 3

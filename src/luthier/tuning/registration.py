@@ -18,7 +18,6 @@ anywhere, and a broken method breaks its own adapters only.
 """
 
 import ast
-from functools import cache
 from typing import Any
 
 from peft import PeftConfig, PeftType
@@ -82,9 +81,11 @@ def is_ours(peft_type: PeftType | str | None) -> bool:
     return peft_type in _ours.values() or isinstance(PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type), Deferred)
 
 
-@cache
 def register_all() -> None:
-    """Give PEFT the name of every method of the tree that registers itself, without importing any."""
+    """Give PEFT the name of every method of the tree that registers itself, without importing any.
+
+    Done when `luthier.tuning` is imported; again it finds the files that were added to the tree since.
+    """
     for method in taxonomy.methods("tuning"):
         name = "" if method.fault else declared(method)
         if name and name.upper() not in PeftType.__members__:

@@ -24,6 +24,7 @@ from luthier.errors import ModelError, did_you_mean
 from luthier.models import gguf, keys, saving, sources, structure, tokens, vocabulary
 from luthier.models.placement import Placement, place
 from luthier.terminal import no_bars, no_peft_warnings
+from luthier.tuning.registration import register_all
 from luthier.tuning import soft_prompts
 
 log = logging.getLogger("luthier.models")
@@ -240,6 +241,7 @@ def _fetch(source: sources.Source, revision: str | None) -> Path:
 
 
 def _task_of(path: Path) -> str | None:
+    register_all()
     tasks = {"CAUSAL_LM": "causal", "SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}
     return tasks.get(PeftConfig.from_pretrained(str(path)).task_type)
 
@@ -267,6 +269,7 @@ def _put_on(model: PreTrainedModel, path: Path, name: str, train: bool) -> PeftM
     adapted = soft_prompts.load(model, path, train=train)  # of PEFT's kind, on our mechanism
     if adapted is not None:
         return adapted
+    register_all()  # again, for methods in files that were named since
     try:
         with no_peft_warnings():
             adapted = PeftModel.from_pretrained(

@@ -15,7 +15,7 @@ from luthier.tuning import hooks
 from luthier.tuning.attach import attach
 from luthier.tuning.lora_factors import FactorLayer
 
-METHODS = ["dylora"]
+METHODS = ["dylora", "laplace_lora"]
 every_method = pytest.mark.parametrize("name", METHODS)
 
 

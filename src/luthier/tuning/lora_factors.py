@@ -77,8 +77,8 @@ class FactorConfig(peft.LoraConfig):
         self.watch = Watch()
 
     def variant(self) -> "FactorVariant":
-        """The formula of one adapter on one layer."""
-        raise NotImplementedError
+        """The formula of one adapter on one layer; by default LoRA's own."""
+        return FactorVariant(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of an ordinary `adapter_config.json`: without ours, which only training needs."""
@@ -105,7 +105,7 @@ class FactorVariant(LoraVariant):
 
     def formula(self, layer: Any, name: str) -> Factors:
         """A* (k, in), B* (out, k) and s of adapter `name` now, made of its parameters with autograd."""
-        raise NotImplementedError
+        return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
 
     def factors(self, layer: Any, name: str) -> Factors:
         """The same for a forward."""

@@ -61,6 +61,27 @@ def test_loss_and_gradients_equal_pefts_in_float32(kind):
         assert (fused_gradients[name] - gradient).norm() <= 2e-6 * gradient.norm(), name
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_adaloras_layers_are_fused_with_the_same_loss_and_gradients(kind):
+    torch.manual_seed(1)
+    config = peft.AdaLoraConfig(
+        init_r=4, target_r=2, lora_alpha=12, total_step=9, target_modules="all-linear", orth_reg_weight=0.0
+    )
+    model = peft.get_peft_model(getattr(tiny, kind)(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.2)
+    loss, gradients = step(model)
+    with fused_lora.fused(model) as report, fused_mlp.fused(model) as mlps:
+        assert report.fused == sum(isinstance(m, peft.tuners.lora.LoraLayer) for m in model.modules())
+        assert mlps == (2 if kind == "llama" else 0)
+        fused_loss, fused_gradients = step(model)
+    assert fused_loss == pytest.approx(loss, rel=1e-6)
+    assert fused_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert (fused_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
 def test_bfloat16_is_no_further_from_float32_than_pefts():
     """Over several batches: which of the two rounds better on one of them depends on the CPU's kernels."""
     model = adapted(tiny.llama())

@@ -13,9 +13,10 @@ the copies, and makes s u B^T and the sum as new (N, out) tensors. Here the smal
 dtype of x and their gradients come back in float32, so the adapter still learns in float32.
 
 A layer is fused where it is plain: one active LoRA without variant (DoRA), bias or dropout, on a frozen
-`nn.Linear` or `Conv1D`; also where the method computes with factors of its own (`tuning/lora_factors.py`):
-they are A and B then. What is not plain is left to PEFT, and said. The layer's class, its parameters and its
-state dict stay as they are; merging, disabling and saving are PEFT's.
+`nn.Linear` or `Conv1D`. Two kinds more count as plain: a method that computes with factors of its own
+(`tuning/lora_factors.py`), which are A and B then; and AdaLoRA's P diag(l) Q, as B = P and A = diag(l) Q. The
+rest is left to PEFT, and said. The layer's class, its parameters and its state dict stay as they are;
+merging, disabling and saving are PEFT's.
 """
 
 import logging
@@ -27,6 +28,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from peft.tuners.adalora import SVDLinear
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -167,11 +169,15 @@ def _forward(self: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return lora_linear(x, *factors(self))
 
 
-def factors(layer: Linear) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
+def factors(layer: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
     """W (out, in), bias (out,), A (k, in), B (out, k) and s of a layer that `why_not` has nothing against."""
     name = layer.active_adapters[0]
     base = layer.base_layer
     weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+    if isinstance(layer, SVDLinear):
+        # The scale goes into the small factor: as a number it would have to come back from the device.
+        value = layer.lora_E[name] * (layer.scaling[name] / (layer.ranknum[name] + 1e-5))
+        return weight, base.bias, layer.lora_A[name] * value, layer.lora_B[name], 1.0
     if variant := layer.lora_variant.get(name):
         return weight, base.bias, *variant.factors(layer, name)
     return weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
@@ -179,7 +185,7 @@ def factors(layer: Linear) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float
 
 def why_not(layer: LoraLayer) -> str | None:
     """Why a layer cannot run fused now, or None."""
-    if type(layer) is not Linear and not isinstance(layer, FactorLayer):
+    if type(layer) not in (Linear, SVDLinear) and not isinstance(layer, FactorLayer):
         return f"{type(layer).__name__} layer"
     if layer.disable_adapters:
         return "disabled"
@@ -199,9 +205,9 @@ def why_not(layer: LoraLayer) -> str | None:
         return f"base layer {type(base).__name__}"
     if any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
         return "the base learns too"
-    if b.bias is not None:
+    if getattr(b, "bias", None) is not None:
         return "bias"
-    for module in (base, a, b):
+    for module in (base,) if isinstance(layer, SVDLinear) else (base, a, b):
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             return "hooks"
     return None

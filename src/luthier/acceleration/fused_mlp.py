@@ -15,7 +15,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -50,7 +50,7 @@ def why_not(module: nn.Module) -> str | None:
     if not all(isinstance(getattr(module, name, None), nn.Module) for name in PARTS):
         return "no gated MLP"
     down = module.down_proj
-    reason = fused_lora.why_not(down) if isinstance(down, Linear) else "no LoRA on down_proj"
+    reason = fused_lora.why_not(down) if isinstance(down, LoraLayer) else "no LoRA on down_proj"
     if reason or down._forward_hooks or down._forward_pre_hooks:
         return reason or "hooks"
     weight = down.base_layer.weight

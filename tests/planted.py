@@ -31,7 +31,7 @@ FAULTS = {
     "A2": Fault(
         "a method, or a part of it, is selected and does nothing",
         "refuses patterns without match, says what stays frozen, proves gradients at step 1",
-        later="AdaLoRA's budget and the tuners of experts beyond LoRA: with these methods",
+        later="the tuners of experts beyond LoRA: with these methods",
     ),
     "A3": Fault(
         "the loss is on the wrong tokens, or on none", "masks by rendering; proves the trained share"
@@ -51,7 +51,9 @@ FAULTS = {
     "A12": Fault("packed documents see each other", "positions restart; proves isolation on the model"),
     "A13": Fault("accumulated batches are not the large batch", "one mean over all items, in evaluation too"),
     "A14": Fault("thoughts of earlier turns are trained as they are never served", "renders turn by turn"),
-    "A15": Fault("prefix tuning breaks with caches and checkpointing", later="comes with the prompt methods"),
+    "A15": Fault(
+        "prefix tuning breaks with caches and checkpointing", "learns in the attention, not in the cache"
+    ),
     "A16": Fault("an adapter of weight 1.0 is not itself", "sums changes of weights, not factors"),
     "A17": Fault("the reference of DPO is another model", later="comes with the preference objectives"),
     "A18": Fault("distillation across vocabularies", later="comes with the distillation methods"),

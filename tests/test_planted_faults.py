@@ -144,6 +144,22 @@ def test_an_adapter_outside_the_forward_pass_never_learns(tmp_path):
         trainer.train()
 
 
+@plants("A2")
+def test_adalora_never_allocates_under_a_plain_trainer(tmp_path):
+    options = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1, "target_modules": ["q_proj", "v_proj"]}
+    config = peft.AdaLoraConfig(**options, total_step=4, task_type="CAUSAL_LM")
+    plain = training.train(peft.get_peft_model(tiny.llama(), config), tmp_path / "plain", max_steps=4)
+    assert all(p.all() for n, p in plain.named_parameters() if "lora_E" in n)  # nothing was taken away
+    trainer = luthier.trainer(
+        "sft", tiny.llama(), Dataset.from_list(training.rows(tiny.llama())),
+        method=luthier.method("adalora")(**options), tokenizer=tiny.tokenizer(),
+        args={"output_dir": str(tmp_path / "ours"), "max_steps": 4},
+    )  # fmt: skip
+    trainer.train()
+    kept = [(p != 0).sum() for n, p in trainer.model.named_parameters() if "lora_E" in n]
+    assert sum(kept) == 2 * len(kept)
+
+
 # A3, A5: what is trained ---------------------------------------------------------------------------------
 
 
@@ -522,6 +538,41 @@ def test_an_adapter_of_weight_one_is_not_itself():
     plain.set_adapter("sum")
     assert far(training.logits(plain), expected) > 0.01
     assert far(training.logits(combine(model(), {"one": 1.0})), expected) < 1e-5
+
+
+# A15: prefixes -------------------------------------------------------------------------------------------
+
+
+@plants("A15")
+def test_a_prefix_in_the_cache_is_lost_where_there_is_none():
+    ids = torch.randint(10, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def gradient(model, checkpointing):
+        model.train()
+        if checkpointing:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    def answers(model, **options):
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return model.eval().generate(**given, max_new_tokens=6, do_sample=False, **options)
+
+    def plain():
+        config = peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+        return peft.get_peft_model(tiny.llama(), config)
+
+    with pytest.raises(RuntimeError):
+        gradient(plain(), checkpointing=True)
+    with pytest.raises(RuntimeError):
+        answers(plain(), use_cache=False)
+
+    def ours():
+        torch.manual_seed(0)
+        return luthier.attach(tiny.llama(), luthier.method("prefix")(num_virtual_tokens=4))
+
+    torch.testing.assert_close(gradient(ours(), checkpointing=True), gradient(ours(), checkpointing=False))
+    assert torch.equal(answers(ours(), use_cache=False), answers(ours()))
 
 
 # A19, A20, A21: caches, seeds, keys ----------------------------------------------------------------------

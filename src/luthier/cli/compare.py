@@ -87,28 +87,46 @@ def _seeds(text: str) -> list[int] | None:
 
 
 def _show(result: "Comparison", console: "Console") -> None:
+    """One table: a row for each setting, or a column for each where rows would not fit the terminal."""
+    from rich.measure import Measurement
     from rich.table import Table
 
+    heads, rows = _cells(result)
+    table = Table(*heads, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    endless = console.options.update(width=10_000)  # else it measures what would be cut
+    if Measurement.get(console, endless, table).maximum > console.width:
+        varied = len(result.vary)
+        names = [" ".join(row[:varied]) for row in rows]
+        table = Table(" ".join(heads[:varied]), *names, header_style="bold")
+        for head, *cells in list(zip(heads, *rows, strict=True))[varied:]:
+            table.add_row(head, *cells)
+    console.print(table)
+
+
+def _cells(result: "Comparison") -> tuple[list[str], list[list[str]]]:
+    """Heads, and a row for each setting: its values, its quality, its costs."""
     from luthier.resources import show_bytes
 
     summary = result.summary
     names = list(dict.fromkeys(name for entry in summary for name in entry.metrics))
     varied = list(result.vary)
-    table = Table(
-        *varied, "seeds", *names, "trainable", "peak memory", "time", "artefact", header_style="bold"
-    )
+    heads = [*varied, "seeds", *names, "trainable", "peak memory", "time", "artefact"]
+    rows = []
     for entry in summary:
         others = entry.others
-        table.add_row(
-            *(str(entry.settings[key]) for key in varied),
-            f"{len(entry.seeds)}" + (f" ({entry.failed} failed)" if entry.failed else ""),
-            *(_metric(entry, name) for name in names),
+        row = [str(entry.settings[key]) for key in varied]
+        row.append(f"{len(entry.seeds)}" + (f" ({entry.failed} failed)" if entry.failed else ""))
+        row += [_metric(entry, name) for name in names]
+        row += [
             _or_dash(others["trainable"], lambda value: f"{value:,.0f}"),
             _or_dash(others["peak_memory_bytes"], show_bytes),
             _or_dash(others["seconds"], lambda value: f"{value:.0f} s"),
             _or_dash(others["artefact_bytes"], show_bytes),
-        )
-    console.print(table)
+        ]
+        rows.append(row)
+    return heads, rows
 
 
 def _metric(entry: "Summary", name: str) -> str:

@@ -113,7 +113,13 @@ class FactorVariant(LoraVariant):
         return self.formula(layer, name)
 
     def init(self, module: Any, adapter_name: str, **options: Any) -> None:
-        """What the layer holds for the adapter besides A and B."""
+        """Make what the layer holds for the adapter besides A and B."""
+
+    def remove(self, layer: Any, name: str) -> None:
+        """Take it away."""
+
+    def load(self, layer: Any, name: str, state: dict[str, Tensor], prefix: str) -> None:
+        """Make room for what `state` holds of it, before that is loaded; names in it start with `prefix`."""
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         a, b, scale = self.factors(module, active_adapter)
@@ -153,6 +159,18 @@ class FactorLayer:
         a, b, scale = variant.formula(self, adapter)
         dtype = torch.promote_types(b.dtype, torch.float32)
         return transpose(b.to(dtype) @ a.to(dtype), getattr(self, "fan_in_fan_out", False)) * scale
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        variant = self.lora_variant.get(adapter_name)
+        if isinstance(variant, FactorVariant):
+            variant.remove(self, adapter_name)
+        super().delete_adapter(adapter_name)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name, variant in self.lora_variant.items():
+            if isinstance(variant, FactorVariant) and f"{prefix}lora_A.{name}.weight" in state_dict:
+                variant.load(self, name, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for variant in self.lora_variant.values():

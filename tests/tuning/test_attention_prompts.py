@@ -72,7 +72,7 @@ class TestFunction:
 
         torch.manual_seed(0)
         module = Attention()
-        module.prompt = AttentionPrompt(Site("", "self", 0, 2, 8, 8))
+        module.prompt = AttentionPrompt(Site("", "self", 0, 4, 2, 8, 8))
         module.prompt.add_table("default", P, 1.0)
         module.double().eval()
         pair = module.prompt(torch.empty(1, dtype=torch.float64))

@@ -102,7 +102,9 @@ def perplexity(
 
 def context_length(model: nn.Module) -> int | None:
     """How many tokens of text the model can take, or None where nothing limits it."""
-    config = structure.base(model).config
+    config, method = structure.base(model).config, tuning_of(model)
     length: int | None = getattr(config, "max_position_embeddings", None)
-    learnt = getattr(tuning_of(model), "num_virtual_tokens", 0)  # a prompt takes up positions
-    return None if length is None else length - learnt
+    if length is not None:
+        length -= getattr(method, "num_virtual_tokens", 0)  # a learnt prompt takes up positions
+    known = [n for n in (length, getattr(method, "max_positions", None)) if n is not None]
+    return min(known, default=None)

@@ -106,7 +106,7 @@ class AttentionPromptTuner(PromptTuner):
         name = f"{self.prefix}prompt"
         layer = getattr(target, name, None)
         if layer is None:
-            layer = AttentionPrompt(site)
+            layer = self.make_layer(site)
             setattr(target, name, layer)
             self.layers.append(layer)
         self._add(layer, adapter_name, peft_config)
@@ -115,6 +115,10 @@ class AttentionPromptTuner(PromptTuner):
         layer.train(target.training)
         if self._start:
             layer.start_from(adapter_name, self._start[site.path])
+
+    def make_layer(self, site: Site) -> AttentionPrompt:
+        """What holds the prompts of one attention module."""
+        return AttentionPrompt(site)
 
     def _add(self, layer: AttentionPrompt, adapter: str, config: AttentionPromptConfig) -> None:
         if not config.prefix_projection:
@@ -131,17 +135,23 @@ class AttentionPromptTuner(PromptTuner):
     # Positions ------------------------------------------------------------------------------------------
 
     def _shift(self, trunk: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        """The text's positions begin at P, as behind a cache of that length."""
+        """The text's positions begin at P, as behind a cache of that length, or at 0; padding has none.
+
+        How far a text stands from the prompt must not depend on the padding between them.
+        """
         length = max((layer.length() for layer in self.layers), default=0)
-        if not self._positions or not length or not self._shifts() or recording():
+        if not self._positions or not length or recording():
+            return None
+        offset = length if self._shifts() else 0
+        positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        if not offset and (positions is not None or mask is None):
             return None
         text, cache = text_of(args, kwargs), kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
-        require_room(trunk, self._limit, past + text.shape[1], length)
-        positions = kwargs.get("position_ids")
+        require_room(trunk, self._limit, past + text.shape[1], offset)
         if positions is None:
-            positions = self._first + text_positions(kwargs.get("attention_mask"), text, past)
-        return args, kwargs | {"position_ids": positions + length}
+            positions = self._first + text_positions(mask, text, past)
+        return args, kwargs | {"position_ids": positions + offset}
 
     def _shifts(self) -> bool:
         return all(self.peft_config[name].shift_positions for name in self.active_adapters)

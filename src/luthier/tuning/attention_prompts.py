@@ -45,12 +45,28 @@ ELSEWHERE = "method: prompt works on any architecture; method: lora changes weig
 
 
 class Call(NamedTuple):
-    """One call of the attention function: key (batch, kv heads, seq, dim), and value."""
+    """One call of the attention function: how many query heads and queries, and what is attended to.
+
+    key (batch, kv heads, seq, dim), and value.
+    """
 
     module: nn.Module
+    heads: int
     queries: int
     key: Tensor
     value: Tensor
+
+
+class Places(NamedTuple):
+    """Where tokens stand in their text, for what depends on it; a trunk's hook hands it down to the layers.
+
+    queries (1 or batch, seq) and keys (1 or batch, seq with the cache): their positions.
+    rows (batch, seq): which row of a prompt in the input a column is, -1 for text; None without any.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    rows: Tensor | None = None
 
 
 _calls: list[Call] | None = None
@@ -83,44 +99,86 @@ def prompted_attention(
     """query (batch, heads, seq, dim), key, value (batch, kv heads, seq, dim) to (batch, seq, heads, dim)."""
     attend = _function(inner, module)
     if _calls is not None:
-        _calls.append(Call(module, query.shape[2], key, value))
-    positions = kwargs.get("position_ids")
+        _calls.append(Call(module, query.shape[1], query.shape[2], key, value))
+    positions, places = kwargs.get("position_ids"), kwargs.pop("prompt_places", None)
     if inner == DOCUMENTS and positions is not None:
         # A document begins where positions are 0, and they may have been shifted.
         positions = kwargs["position_ids"] = positions - positions[:, :1]
     prompt = next((child for child in module.children() if isinstance(child, AttentionPrompt)), None)
-    pair = None if prompt is None else prompt(query)
-    if pair is None:
+    pair = bias = None
+    if prompt is not None:
+        pair = prompt(query)
+        bias = None if places is None else prompt.scores(places, query, key, kwargs.get("scaling"))
+    if pair is None and bias is None:
         return attend(module, query, key, value, attention_mask, **kwargs)
-    key_pre, value_pre = (part.expand(len(query), -1, -1, -1) for part in pair)
+    pair = (key[:, :, :0], value[:, :, :0]) if pair is None else pair
+    front = [part.expand(len(query), -1, -1, -1) for part in pair]
     if inner == DOCUMENTS and attention_mask is None and positions is not None:
-        return _by_document(attend, module, (query, key, value), (key_pre, value_pre), kwargs)
-    length, queries = key_pre.shape[2], query.shape[2]
-    is_causal = kwargs.get("is_causal")
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    empty = 0
-    if attention_mask is None and is_causal and queries > 1 and inner != "eager":
-        key, value = key[:, :, :queries], value[:, :, :queries]  # an empty static cache is longer
-        if kwargs.get("position_bias") is None:
-            empty, query = length, torch.cat([_no_queries(query, length), query], dim=2)
-        else:
-            attention_mask = query.new_ones(1, 1, queries, queries, dtype=torch.bool).tril()
+        if bias is None:
+            return _by_document(attend, module, [query, key, value], front, kwargs)
+        attention_mask = _block_diagonal(positions)  # a bias is a mask, with which no kernel goes by document
+    if bias is not None or kwargs.get("position_bias") is not None:
+        return _biased(attend, module, [query, key, value], front, attention_mask, bias, inner, kwargs)
+    length, queries, empty = front[0].shape[2], query.shape[2], 0
     if attention_mask is not None:
-        visible = True if attention_mask.dtype == torch.bool else 0.0
-        attention_mask = F.pad(attention_mask, (length, 0), value=visible)
-    if kwargs.get("position_bias") is not None:
-        kwargs["position_bias"] = F.pad(kwargs["position_bias"], (length, 0))
-    key, value = torch.cat([key_pre, key], dim=2), torch.cat([value_pre, value], dim=2)
+        attention_mask = _padded(attention_mask, length)
+    elif _is_causal(module, inner, queries, kwargs):
+        key, value = key[:, :, :queries], value[:, :, :queries]  # an empty static cache is longer
+        empty, query = length, torch.cat([_no_queries(query, length), query], dim=2)
+    key, value = torch.cat([front[0], key], dim=2), torch.cat([front[1], value], dim=2)
     output, weights = attend(module, query, key, value, attention_mask, **kwargs)
     return output[:, empty:], weights
+
+
+def _biased(
+    attend: Callable,
+    module: nn.Module,
+    text: list[Tensor],
+    front: list[Tensor],
+    mask: Tensor | None,
+    bias: Tensor | None,
+    inner: str,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """The same with something added to the scores: the model's `position_bias` over the text's keys, or
+    `bias` over the prompt's and the text's."""
+    query, key, value = text
+    length, queries = front[0].shape[2], query.shape[2]
+    own = kwargs.pop("position_bias", None)
+    if own is not None:
+        own = F.pad(own, (length, 0))
+        bias = own if bias is None else own + bias
+    assert bias is not None
+    if mask is None and _is_causal(module, inner, queries, kwargs):
+        mask = query.new_ones(1, 1, queries, key.shape[2], dtype=torch.bool).tril()
+    mask = None if mask is None else _padded(mask, length)
+    if inner == "eager":  # whose functions know masks, and few a bias
+        mask = bias if mask is None else mask + bias
+    else:
+        kwargs["position_bias"] = bias
+    key, value = torch.cat([front[0], key], dim=2), torch.cat([front[1], value], dim=2)
+    found: tuple[Tensor, Tensor | None] = attend(module, query, key, value, mask, **kwargs)
+    return found
+
+
+def _is_causal(module: nn.Module, inner: str, queries: int, kwargs: dict[str, Any]) -> bool:
+    """Whether attention without a mask means causal attention."""
+    causal = kwargs.get("is_causal")
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
+    return bool(causal) and queries > 1 and inner != "eager"
+
+
+def _padded(mask: Tensor, length: int) -> Tensor:
+    """The mask (batch, 1, seq, keys) with the prompt's columns in front, open to every query."""
+    return F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
 
 
 def _by_document(
     attend: Callable,
     module: nn.Module,
-    text: tuple[Tensor, Tensor, Tensor],
-    prompt: tuple[Tensor, Tensor],
+    text: list[Tensor],
+    prompt: list[Tensor],
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, None]:
     """Packed rows with the prompt put before each document, its outputs dropped again."""
@@ -141,6 +199,13 @@ def _by_document(
         parts = output.split([length + n for n in lengths], dim=1)
         outputs.append(torch.cat([part[:, length:] for part in parts], dim=1))
     return torch.cat(outputs), None
+
+
+def _block_diagonal(positions: Tensor) -> Tensor:
+    """The causal mask (batch, 1, seq, seq) of packed rows, from positions (batch, seq) that begin at 0."""
+    document = (positions == 0).long().cumsum(1)
+    same = document[:, None, :, None] == document[:, None, None, :]
+    return same.tril()
 
 
 def _no_queries(query: Tensor, length: int) -> Tensor:
@@ -171,11 +236,15 @@ def _mask(*, inner: str, **kwargs: Any) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Site:
-    """An attention module: `kind` is "self", or of an encoder-decoder "encoder", "decoder" or "cross"."""
+    """An attention module: `kind` is "self", or of an encoder-decoder "encoder", "decoder" or "cross".
+
+    It has `queries` heads of queries over `heads` heads of keys and values.
+    """
 
     path: str
     kind: str
     layer: int
+    queries: int
     heads: int
     key_dim: int
     value_dim: int
@@ -210,7 +279,7 @@ def find_sites(model: nn.Module) -> list[Site]:
         kind = _kind(model, call)
         layer = sum(site.kind == kind for site in found)
         heads, key_dim, value_dim = call.key.shape[1], call.key.shape[3], call.value.shape[3]
-        found.append(Site(paths[call.module], kind, layer, heads, key_dim, value_dim))
+        found.append(Site(paths[call.module], kind, layer, call.heads, heads, key_dim, value_dim))
     return found
 
 
@@ -294,8 +363,8 @@ class AttentionPrompt(PromptLayer):
     part belongs to the first layer; the others know where it is.
     """
 
-    adapter_layer_names = ("table", "head", "shared")
-    other_param_names = ("dropout", "_elsewhere", "_folded")
+    adapter_layer_names: tuple[str, ...] = ("table", "head", "shared")
+    other_param_names: tuple[str, ...] = ("dropout", "_elsewhere", "_folded")
 
     def __init__(self, site: Site):
         super().__init__()
@@ -389,6 +458,10 @@ class AttentionPrompt(PromptLayer):
         split = whole.to(query.dtype).split([site.heads * site.key_dim, site.heads * site.value_dim], dim=-1)
         key, value = (part.unflatten(-1, (site.heads, -1)).transpose(1, 2) for part in split)
         return key, value
+
+    def scores(self, places: Places, query: Tensor, key: Tensor, scale: float | None) -> Tensor | None:
+        """What is added to the scores, (1 or batch, heads, seq, P + keys); nothing here."""
+        return None
 
     def fold(self, adapter: str, pairs: Tensor | None = None) -> None:
         """Drop the reparametrisation for its value, or for `pairs` (P, size)."""

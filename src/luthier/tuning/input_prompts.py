@@ -96,8 +96,8 @@ def _gather(values: Tensor, index: Tensor) -> Tensor:
 class InputPrompt(PromptLayer):
     """The rows (P, width) of several adapters by name: a table, or what an encoder without inputs gives."""
 
-    adapter_layer_names = ("table", "encoder")
-    other_param_names = ("lengths", "_folded")
+    adapter_layer_names: tuple[str, ...] = ("table", "encoder")
+    other_param_names: tuple[str, ...] = ("lengths", "_folded")
 
     def __init__(self, width: int):
         super().__init__()
@@ -200,7 +200,7 @@ class InputPromptTuner(PromptTuner):
         self.trunk = [model.get_encoder() if both else model.base_model]  # a list: it is no part of the tuner
         trunk = self.trunk[0]
         embedding = trunk.get_input_embeddings()
-        self.prompt = [InputPrompt(embedding.weight.shape[1])]
+        self.prompt = [self.make_prompt(embedding.weight.shape[1])]
         names = inspect.signature(trunk.forward).parameters
         self._positions, self._types = "position_ids" in names, "token_type_ids" in names
         self._limit, self._first = learnt_positions(trunk)
@@ -216,6 +216,10 @@ class InputPromptTuner(PromptTuner):
         if both:
             hook = model.get_decoder().register_forward_pre_hook(self._lengthen, with_kwargs=True)
             self._hooks.append(hook)
+
+    def make_prompt(self, width: int) -> InputPrompt:
+        """What holds the rows."""
+        return InputPrompt(width)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         embedding = self.trunk[0].get_input_embeddings()

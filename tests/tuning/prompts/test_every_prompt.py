@@ -32,6 +32,7 @@ OPTIONS: dict[str, dict] = {
     "prompt": {"num_virtual_tokens": 5},
     "p_tuning_v2": {"num_virtual_tokens": 5},
     "p_tuning": {"num_virtual_tokens": 5},
+    "aprompt": {"num_virtual_tokens": 5, "kv_length": 3, "qk_rank": 2, "max_positions": 300},
 }
 CASES = [(name, kind) for name in METHODS for kind in MODELS]
 every_case = pytest.mark.parametrize(("name", "kind"), CASES, ids=["-".join(case) for case in CASES])

@@ -385,6 +385,22 @@ def test_a_step_that_overflowed_in_half_precision_is_no_step(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_gradient_scaler_scales_the_regulariser_too():
+    class Scaled:
+        class scaler:
+            get_scale = staticmethod(lambda: 8.0)
+
+    found = []
+    for optimizer in (None, Scaled()):
+        model = adalora(tiny.llama())
+        (callback,) = hooks.callbacks(model)
+        callback.tuner = model.base_model
+        callback.on_step_begin(None, None, None, optimizer=optimizer)
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) == 2 * len(layers(model))
+    assert all(torch.allclose(8 * a, b) for a, b in zip(*found, strict=True))
+
+
 # Where PEFT fails ------------------------------------------------------------------------------------------
 
 

@@ -159,8 +159,12 @@ def require_space(folder: Path | str, bytes: int) -> None:
         )
 
 
-def explain(error: OSError, where: Path | str) -> ResourceError:
-    """The `ResourceError` that says in words what the system answered while writing at `where`."""
+def explain(error: OSError, where: Path | str, fix: str | None = None) -> ResourceError:
+    """The `ResourceError` that says in words what the system answered while writing at `where`.
+
+    Args:
+        fix: what to do about a place that cannot be written; by default what helps a run.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(
             f"The disk is full: writing in {where} failed ({error.strerror}).",
@@ -168,7 +172,7 @@ def explain(error: OSError, where: Path | str) -> ResourceError:
         )
     return ResourceError(
         f"Cannot write in {where}: {error.strerror or error}.",
-        fix="Choose a folder that you may write in with --output, or change its permissions.",
+        fix=fix or "Choose a folder that you may write in with --output, or change its permissions.",
     )
 
 

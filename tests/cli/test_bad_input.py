@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 
 from luthier.alignment import callbacks
 from luthier.cli import main
-from luthier.errors import TrainingError
+from luthier.errors import ResourceError, TrainingError
+from luthier.models import gguf, sources
 from luthier.models.saving import save
 
 GOOD = [{"prompt": f"Say {i}.", "completion": f"It is {i}."} for i in range(12)]
@@ -79,6 +80,15 @@ def place(tmp_path_factory):
     (folder / "empty.jsonl").write_bytes(b"\n")
     (folder / "latin.csv").write_bytes(b"prompt,completion\na,b\ncaf\xe9,x\n")
     (folder / "file").write_text("a file where a folder is needed")
+    (folder / "strings.jsonl").write_text('"a"\n"b"\n')
+    (folder / "other.csv").write_text("question,reply\na,b\n")
+    row = {"prompt": "Hi", "completion": "word " * 40_000}
+    (folder / "long_answer.jsonl").write_bytes(lines + json.dumps(row).encode() + b"\n")
+    save(tiny.gpt2(), folder / "gpt2", tiny.tokenizer())
+    save(tiny.bert(), folder / "bert", tiny.tokenizer())
+    shutil.copytree(folder / "base", folder / "no_tokens")
+    (folder / "no_tokens" / "tokenizer.json").write_text("{}")
+    (folder / "no_tokens" / "luthier.json").unlink()
     return folder
 
 
@@ -121,6 +131,10 @@ DATA = {
     "broken UTF-8": ("latin.jsonl", "latin.jsonl:13: byte 15 of the line (0xe9) is not UTF-8", "quarantine"),
     "broken UTF-8 in CSV": ("latin.csv", "latin.csv:3: byte 25 (0xe9) is not UTF-8", "iconv -f LATIN1"),
     "torn": ("torn.jsonl", "torn.jsonl:13: the last line is torn off at column 12", "Correct the record"),
+    "no records": ("strings.jsonl", "strings.jsonl:1: str, not an object with fields", "A record is an obj"),
+    "other columns": ("other.csv", '{"question": "a", "reply": "b"}.', "columns: {prompt: question, comp"),
+    "nothing left": ("{path: train.jsonl, skip: 12}", "leaves out all of its 12 good", "a smaller skip"),
+    "another kind of file": ("file", "file has a suffix of no kind of data file", "Convert it to one of"),
     "unknown format": (
         "{path: train.jsonl, format: alpacca}", "no data format is called 'alpacca'", "'alpaca'",
     ),
@@ -151,7 +165,9 @@ def test_data_of_a_recipe(luthier, stage, name):
         (("check", "latin.csv"), ("latin.csv:3: byte 25",)),
         (("check", "train.jsonl", "--model", "bsae"), ("no model 'bsae'", "Did you mean 'base'?")),
         (("show", "train.jsonl", "--start", "99"), ("has 12 rows", "smaller --start")),
-        (("show", "file"), ("suffix that names no container", ".jsonl")),
+        (("show", "file"), ("suffix of no kind of data file", ".jsonl")),
+        (("show", "train.jsonl", "--model", "no_tokens"), ("tokenizer of 'no_tokens'", "Copy or save")),
+        (("tickets", "file"), ("Cannot write in file", "Choose another folder")),
     ],
 )
 def test_a_file_on_its_own(luthier, words, expected):
@@ -199,6 +215,23 @@ class TestRecordOf200000Characters:
         assert "1 of 13 examples lose all their trained tokens" in refusal
         assert "max_length 128; the first is long.jsonl:13" in refusal
         assert "Set max_length to" in refusal
+        assert "allow_empty: true in the objective" in refusal
+
+    def test_is_not_to_be_kept_by_a_length_that_the_model_lacks(self, luthier, place, tmp_path):
+        tokenizer = tiny.tokenizer()
+        tokenizer.model_max_length = 256
+        save(tiny.llama(), tmp_path / "short", tokenizer)
+        result = luthier("run", "tune.yaml", "tune.data=long.jsonl", f"model={tmp_path / 'short'}")
+        assert "The model takes 256 tokens: shorten these examples, or leave" in result.refusal()
+        assert "emptied examples" not in result.err, "the error says it"
+
+    @pytest.mark.parametrize("model", ["base", "gpt2"])
+    def test_is_cut_to_what_the_model_takes_at_most(self, luthier, model):
+        """GPT-2 has no position after its last: torch would end in an IndexError."""
+        words = ("run", "tune.yaml", f"model={model}", "tune.data=long_answer.jsonl")
+        refusal = luthier(*words, "tune.objective.max_length=600").refusal()
+        assert "The longest example has 600 tokens, and" in refusal
+        assert "Write max_length: 256 in the objective" in refusal
 
     def test_is_named_by_evaluation_with_the_context_that_it_exceeds(self, luthier):
         refusal = luthier("run", "evaluate.yaml", "evaluate.data=long.jsonl").refusal()
@@ -235,6 +268,14 @@ OVERRIDES = [
     ("sed=1", "nothing in the recipe is called 'sed'", "Did you mean 'seed'?"),
     ("tune.method.r", "is not key=value", "Write tune.training.max_steps=20"),
     ("stages.7.tune.method=lora", "'stages' is a list of 1, counted from 0; it has no '7'", ""),
+    ("tune.data=''", "'stages.0.tune.data.path' is empty", "path: File (jsonl, json"),
+    ("tune.data=[a, b]", "stages.0.tune.data must be a path or a mapping of keys, not ['a', 'b']", ""),
+    ("model=[a]", "model must be a name or a mapping of keys", ""),
+    ("tune.objective.train_on=user", "must be one of assistant_all, assistant_last, completion, all,", ""),
+    ("tune.objective.packing=maybe", "must be one of true, false, auto, rows, not 'maybe'", ""),
+    ("model.revision=main", "revision has no effect: base is not on the Hub", "Leave it out"),
+    ("model.num_labels=3", "num_labels has no effect on a causal model", "task: classification"),
+    ("methods=[tune.yaml]", "tune.yaml is no method file: SyntaxError", ""),
     ("tune.method=[lora", "its value is not YAML", ""),
 ]
 
@@ -282,6 +323,9 @@ def test_settings_of_generation(luthier, setting, found):
     [
         ("tune.training.lr_scheduler_type=cosine_with_min_lr", "One of min_lr or min_lr_rate should be set"),
         ("tune.training.adam_beta1=2", "Invalid beta parameter"),
+        ("tune.training.lr_scheduler_kwargs={min_lr: 1}", "unexpected keyword argument 'min_lr'"),
+        ("tune.training.fsdp=full_shard", "Using fsdp only works in distributed training"),
+        ("tune.training.push_to_hub=true", "The trainer cannot be made of these training arguments"),
     ],
 )
 def test_what_only_transformers_can_judge_is_told_in_its_words(luthier, override, found):
@@ -329,6 +373,10 @@ class TestRecipeFile:
     def test_that_is_not_there_names_the_nearest(self, luthier):
         assert "Did you mean 'tune.yaml'?" in luthier("run", "tun.yaml").refusal()
 
+    def test_that_is_a_folder(self, luthier, place):
+        assert "base is a folder, not a recipe" in luthier("run", "base").refusal()
+        assert "Give one of its files: evaluate.yaml, tune.yaml." in luthier("run", ".").refusal()
+
     def test_all_faults_are_told_at_once(self, luthier, tmp_path):
         path = tmp_path / "r.yaml"
         path.write_text(TUNE.replace("r: 4", "r: -1").replace("max_steps", "max_step"))
@@ -344,6 +392,21 @@ def flip(path: Path, at: float = 0.5) -> None:
     content = bytearray(path.read_bytes())
     content[int(at * len(content))] ^= 1
     path.write_bytes(content)
+
+
+def test_a_model_of_another_task(luthier):
+    refusal = luthier("run", "tune.yaml", "model=bert").refusal()
+    assert refusal.endswith("It was saved for classification: write task: classification.")
+
+
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_a_damaged_tokenizer(luthier, verb):
+    refusal = luthier(verb, "tune.yaml", "model=no_tokens").refusal()
+    assert "no_tokens/tokenizer.json cannot be read" in refusal
+
+
+def test_a_method_that_is_not_named(luthier):
+    assert "Write luthier methods show lora" in luthier("methods", "show").refusal()
 
 
 class TestDamagedFiles:
@@ -396,6 +459,32 @@ class TestDisk:
         refusal = luthier("run", "tune.yaml").refusal()
         assert f"Cannot write in {tmp_path}: Permission denied." in refusal
         assert "--output" in refusal
+
+    def test_files_that_may_not_be_read(self, luthier, monkeypatch):
+        """It would be told as a folder that cannot be written."""
+
+        def refuse(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+        monkeypatch.setattr("luthier.files.hash_file", refuse)
+        monkeypatch.setattr("luthier.recipe.manifest._hashes", {})
+        assert "cannot be read: Permission denied." in luthier("run", "evaluate.yaml").refusal()
+
+    def test_a_cache_without_permission(self, luthier, place, monkeypatch):
+        (place / "model.gguf").write_bytes(b"GGUF")
+        monkeypatch.setenv("LUTHIER_CACHE", str(place / "file"))
+        with pytest.raises(ResourceError, match=r"Cannot write in .*file/models") as caught:
+            gguf.converted(sources.Source("model.gguf", "gguf", place, gguf_file="model.gguf"))
+        assert "LUTHIER_CACHE" in caught.value.fix
+
+    def test_a_schema_or_a_report_that_cannot_be_written(self, luthier, monkeypatch, tmp_path):
+        assert "Choose another file with --out" in luthier("schema", "--out", "file/x.json").refusal()
+
+        def refuse(folder):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+        monkeypatch.setattr("luthier.report.report.write_report", refuse)
+        assert f"Cannot write in {tmp_path}: Permission denied" in luthier("report", tmp_path).refusal()
 
     @pytest.mark.parametrize("verb", ["plan", "run"])
     def test_too_small_for_the_run(self, luthier, monkeypatch, verb):

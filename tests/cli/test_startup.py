@@ -1,6 +1,7 @@
 """Help, lists and validation answer at once because they import nothing heavy."""
 
 import json
+import resource
 import subprocess
 import sys
 
@@ -62,6 +63,22 @@ def test_validate_does_not_import_them_either(recipe):
     assert code == 0
     assert heavy == []
     assert "lora(r=4) by sft on train.jsonl" in out
+
+
+@pytest.mark.parametrize(
+    "words", [("--help",), ("methods",), ("schema",), ("validate", "RECIPE")], ids=" ".join
+)
+def test_answers_in_under_a_second(recipe, words):
+    """Of processor time, which the other work of the machine does not lengthen; the better of two starts."""
+    words = [str(recipe) if word == "RECIPE" else word for word in words]
+    command = [sys.executable, "-m", "luthier.cli.main", *words]
+    seconds = []
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 1.0
 
 
 def test_a_faulty_recipe_is_status_2_without_traceback(recipe):

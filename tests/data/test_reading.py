@@ -83,7 +83,7 @@ def test_unreadable_lines_are_told_apart(tmp_path):
         ("a.csv", "a,b\n".encode("utf-16"), "UTF-16"),
         ("a.jsonl.gz", b"no gzip", "cannot be read"),
         ("a.parquet", b"no parquet", "not a whole Parquet file"),
-        ("a.pdf", b"x", "suffix that names no container"),
+        ("a.pdf", b"x", "suffix of no kind of data file"),
     ],
 )
 def test_unreadable_file_is_one_sentence(tmp_path, name, content, message):

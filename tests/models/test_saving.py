@@ -153,7 +153,8 @@ class TestBaseOfAdapter:
         config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
         adapted = peft.get_peft_model(base, config).eval()
         loaded, _ = luthier.load(luthier.save(adapted, tmp_path / "adapter"), dtype="float32")
-        assert torch.equal(loaded(IDS).logits, adapted(IDS).logits[:, 3:])  # ours are the text's alone
+        text = adapted(IDS).logits[:, 3:]  # ours are the text's alone
+        torch.testing.assert_close(loaded(IDS).logits, text, rtol=1e-5, atol=1e-5)
 
     def test_initialisation_that_changes_the_base_fits_the_original(self, base, tmp_path):
         config = luthier.method("lora")(r=2, init_lora_weights="pissa", task_type="CAUSAL_LM")

@@ -81,7 +81,8 @@ def test_soft_prompts_too(grown, tmp_path):
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model, tokenizer = grown(config=config)
     loaded, _ = luthier.load(luthier.save(model, tmp_path / "adapter", tokenizer), dtype="float32")
-    assert torch.equal(logits(loaded), logits(model))
+    text = logits(model)[:, 3:]  # ours are the text's alone
+    torch.testing.assert_close(logits(loaded), text, rtol=1e-5, atol=1e-5)
 
 
 def test_a_vocabulary_can_shrink(grown, tmp_path):

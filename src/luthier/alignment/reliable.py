@@ -26,7 +26,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from luthier.alignment import checkpoints
 from luthier.alignment.callbacks import CleanInterrupt, Divergence, ShowProgress, StepOneProof
 from luthier.data.tokenize import EncodeReport
-from luthier.errors import TrainingError
+from luthier.errors import DataError, LuthierError, TrainingError
+from luthier.evaluation.perplexity import context_length
+from luthier.models import structure
 from luthier.terminal import no_bars
 from luthier.tuning import hooks
 
@@ -57,8 +59,10 @@ class Reliable:
         encodings: Sequence[EncodeReport] = (),
         **kwargs: Any,
     ):
-        super().__init__(*args, **kwargs)
+        with _settings_refused("trainer"):
+            super().__init__(*args, **kwargs)
         self.encodings = encodings
+        _require_room(self.model, encodings)
         self.step_loss = math.nan
         self._step_parts: list[Tensor] = []
         self._eval_sums: list[Tensor] | None = None
@@ -259,9 +263,23 @@ def _settings_refused(what: str) -> Iterator[None]:
     """What torch or transformers refuse here are training arguments that only they can judge."""
     try:
         yield
-    except (ValueError, ImportError) as error:
+    except LuthierError:
+        raise
+    except (ValueError, TypeError, ImportError, ConnectionError) as error:
         reason = str(error).rstrip(". ")
         raise TrainingError(f"The {what} cannot be made of these training arguments: {reason}.") from error
+
+
+def _require_room(model: nn.Module, encodings: Sequence[EncodeReport]) -> None:
+    """Examples longer than the model's context end in a traceback, or are learnt at positions never seen."""
+    room = context_length(model)
+    longest = max((min(r.longest, r.max_length or r.longest) for r in encodings), default=0)
+    if room is not None and longest > room:
+        name = type(structure.base(model)).__name__
+        raise DataError(
+            f"The longest example has {longest} tokens, and {name} takes {room}.",
+            fix=f"Write max_length: {room} in the objective: longer examples are then cut, and counted.",
+        )
 
 
 def content_tokens(batch: dict[str, Any]) -> int:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from luthier import taxonomy
+from luthier.errors import MethodError
 from luthier.options import Option
 from luthier.taxonomy import Method
 
@@ -23,6 +24,8 @@ def command(
     """The tree of methods. `luthier methods show NAME` prints a method's card and options."""
     for file in add or []:
         taxonomy.add_file(file)
+    if path == "show" and not name:
+        raise MethodError("No method is named.", fix="Write luthier methods show lora, say.")
     if path == "show":
         method = taxonomy.find(name)
         _print_json(_record(method, options=True)) if as_json else _show(method)

@@ -11,6 +11,12 @@ def command(
 ) -> None:
     """Write the report of a run or comparison again, from the files in its folder."""
     from luthier.report.report import write_comparison, write_report
+    from luthier.resources import explain, is_resource
 
     write = write_comparison if (folder / "comparison.json").is_file() else write_report
-    typer.echo(write(folder))
+    try:
+        typer.echo(write(folder))
+    except OSError as error:
+        if not is_resource(error):
+            raise
+        raise explain(error, folder, fix="Change its permissions, or copy it elsewhere.") from error

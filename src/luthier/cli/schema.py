@@ -15,6 +15,7 @@ def command(
 
     from luthier import taxonomy
     from luthier.recipe.schema import json_schema
+    from luthier.resources import explain
 
     for file in add or []:
         taxonomy.add_file(file)
@@ -22,5 +23,8 @@ def command(
     if out is None:
         typer.echo(text)
     else:
-        out.write_text(text + "\n", encoding="utf-8")
+        try:
+            out.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise explain(error, out, fix="Choose another file with --out.") from error
         typer.echo(f"{out} is written. First line of a recipe: # yaml-language-server: $schema={out.name}")

@@ -166,7 +166,8 @@ def _format(raws: list[Raw], spec: DataSpec) -> str:
         raise DataError(
             f"{spec.path} has no readable record; the first is {first.where}: "
             + (first.fault[1] if first.fault else f"{type(first.row).__name__}, not an object with fields")
-            + "."
+            + ".",
+            fix='A record is an object with fields, such as {"prompt": "...", "completion": "..."}.',
         )
     columns = {key for row in seen for key in row}
     for ours, theirs in spec.columns.items():
@@ -185,7 +186,8 @@ def _format(raws: list[Raw], spec: DataSpec) -> str:
             return formats.detect(rows)
         example = json.dumps(seen[0], ensure_ascii=False, default=str)
         shown = example if len(example) <= 300 else example[:300] + "..."
-        raise DataError(f"{raws[0].file}: {error.message} The first row is {shown}", fix=error.fix) from error
+        message = f"{raws[0].file}: {error.message} The first row is {shown}."
+        raise DataError(message, fix=error.fix) from error
 
 
 def _unused(raws: list[Raw], spec: DataSpec, format: str) -> list[str]:

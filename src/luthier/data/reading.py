@@ -77,8 +77,8 @@ def files(spec: DataSpec, place: Path) -> list[Path]:
     if place.is_file():
         if _suffix(place) not in SUFFIXES:
             raise DataError(
-                f"{place} has a suffix that names no container.",
-                fix=f"Known are {', '.join(SUFFIXES)}, each also with .gz.",
+                f"{place} has a suffix of no kind of data file that can be read.",
+                fix=f"Convert it to one of {', '.join(SUFFIXES)}, each also with .gz.",
             )
         return [place]
     found = sorted(
@@ -348,7 +348,7 @@ def _hub(spec: DataSpec) -> Iterator[Raw]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"There is no file or folder '{spec.path}' here, and as a data set of the Hub it cannot be "
-            f"loaded: {reason}",
+            f"loaded: {reason.rstrip('.')}.",
             fix="Check the name, the subset and the network (HF_HUB_OFFLINE), or give a file.",
         ) from error
     if not isinstance(found, Dataset):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from luthier.errors import DataError
+from luthier.resources import explain
 
 Split = Literal["train", "test"]
 
@@ -348,20 +349,24 @@ def write(folder: str | Path, seed: int = 0, train: int = 1000, test: int = 100)
 
     Raises:
         DataError: a count below 1.
+        ResourceError: the folder cannot be written.
     """
     counts: dict[Split, int] = {"train": train, "test": test}
     for split, count in counts.items():
         if count < 1:
             raise DataError(f"{split} is {count}.", fix="Ask for at least one mail.")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for split, count in counts.items():
-        rows = (ticket.row() for ticket in tickets(split, count, seed))
-        path = folder / f"{split}.jsonl"
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        path.write_text("".join(lines), encoding="utf-8")
-        paths.append(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, count in counts.items():
+            rows = (ticket.row() for ticket in tickets(split, count, seed))
+            path = folder / f"{split}.jsonl"
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            path.write_text("".join(lines), encoding="utf-8")
+            paths.append(path)
+    except OSError as error:
+        raise explain(error, folder, fix="Choose another folder.") from error
     return paths[0], paths[1]
 
 

@@ -23,7 +23,7 @@ from luthier.data.chat import Rendered, Renderer, special_tokens
 from luthier.data.load import Loaded
 from luthier.data.masking import Example, Prefix, batches, marked, plain_ids, tokenised
 from luthier.data.rows import Message, Row
-from luthier.errors import DataError, did_you_mean
+from luthier.errors import CheckError, DataError, did_you_mean
 
 log = logging.getLogger("luthier.data")
 
@@ -499,39 +499,49 @@ def _cached(
     else:
         dataset, record = build()
     report = EncodeReport(**record["report"])
-    prove_kept(loaded, report, allow_empty)
+    prove_kept(loaded, report, allow_empty, tokenizer.model_max_length)
     _prove(report)
     log.info("%s", report.line())
     return Encoded(dataset, report, record["source"])
 
 
-def prove_kept(loaded: Loaded, report: EncodeReport, allow_empty: bool) -> None:
+def prove_kept(loaded: Loaded, report: EncodeReport, allow_empty: bool, context: int | None = None) -> None:
     """Record what was cut, and refuse examples that keep nothing to learn.
+
+    Args:
+        context: tokens that the model takes, as its tokenizer knows.
 
     Raises:
         DataError: with the first such row, and the length that keeps 99 % of the examples whole.
     """
     checks.record("data", "truncated examples", True, report.truncated, detail=_cut_at(report.max_length))
     allowed = allow_empty and report.examples > 0
-    checks.record(
-        "data", "emptied examples", allowed or not report.emptied, report.emptied, None if allowed else 0,
-        refuse=False,
-    )  # fmt: skip
-    if allowed or not report.emptied:
-        return
+    passed = allowed or not report.emptied
+    try:
+        checks.record("data", "emptied examples", passed, report.emptied, None if allowed else 0)
+    except CheckError:
+        raise _emptied(loaded, report, context) from None
+
+
+def _emptied(loaded: Loaded, report: EncodeReport, context: int | None) -> DataError:
+    """Which examples keep nothing to learn, and what would keep them."""
+    leave_out = "leave such examples out (allow_empty: true in the objective)"
     where = loaded.where(report.first_emptied or 0)
     total = report.examples + report.emptied
     if report.emptied == report.unlabelled:
-        raise DataError(
+        return DataError(
             f"{report.emptied} of {total} examples have nothing that is trained; the first is {where}.",
-            fix="Check train_on and the messages' weights, or leave such examples out with allow_empty.",
+            fix=f"Check train_on and the messages' weights, or {leave_out}.",
         )
     enough = report.length_99 if report.length_99 > (report.max_length or 0) else report.longest
-    raise DataError(
+    fix = f"Set max_length to {enough}, or {leave_out}."
+    if context is not None and enough > context:
+        fix = f"The model takes {context} tokens: shorten these examples, or {leave_out}."
+    return DataError(
         f"{report.emptied} of {total} examples lose all their trained tokens where they are cut at "
         f"max_length {report.max_length}; the first is {where}. A length of {report.length_99} keeps 99% of "
         f"the examples whole, {report.longest} all of them.",
-        fix=f"Set max_length to {enough}, or leave such examples out with allow_empty.",
+        fix=fix,
     )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from luthier.errors import ModelError
+from luthier.resources import explain
 
 if TYPE_CHECKING:
     from luthier.models.sources import Source
@@ -109,12 +110,19 @@ def converted(source: "Source") -> Path:
 
     Raises:
         ModelError: the file is damaged, or its architecture or tokenizer is not supported.
+        ResourceError: the cache cannot be written.
     """
     folder = target(source)
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder.with_name(f"{folder.name}.lock")):
+    lock = folder.with_name(f"{folder.name}.lock")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        fix = "Set LUTHIER_CACHE to a folder that you may write in."
+        raise explain(error, folder.parent, fix=fix) from error
+    with _lock(lock):
         if not folder.is_dir():
             for left in folder.parent.glob(f".{folder.name}.*"):  # of a conversion that was killed
                 shutil.rmtree(left, ignore_errors=True)

@@ -24,8 +24,8 @@ from luthier.errors import ModelError, did_you_mean
 from luthier.models import gguf, keys, saving, sources, structure, tokens, vocabulary
 from luthier.models.placement import Placement, place
 from luthier.terminal import no_bars, no_peft_warnings
-from luthier.tuning.registration import register_all
 from luthier.tuning import soft_prompts
+from luthier.tuning.registration import register_all
 
 log = logging.getLogger("luthier.models")
 
@@ -159,8 +159,18 @@ def _require_all_keys(model: PreTrainedModel, info: dict[str, Any], name: str, t
         raise ModelError(
             f"Model '{name}', saved as {saved}, does not fit {type(model).__name__}: "
             + keys.difference(missing, unexpected),
-            fix=keys.prefix_fix(missing, unexpected) or "Choose the task that the model was saved for.",
+            fix=_fitting(saved, task)
+            or keys.prefix_fix(missing, unexpected)
+            or "Choose the task that the model was saved for.",
         )
+
+
+def _fitting(saved: str, task: str) -> str | None:
+    """What to write where the class that a model was saved as is one of another task."""
+    for other, classes in structure.CLASSES.items():
+        if other != task and saved in classes.values():
+            return f"It was saved for {other}: write task: {other}."
+    return None
 
 
 def _announce(model: PreTrainedModel, new: list[str], left_out: list[str]) -> None:

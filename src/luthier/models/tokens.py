@@ -33,8 +33,11 @@ def load(name: str, path: str, trust_remote_code: bool, revision: str | None) ->
     options = {} if revision is None else {"revision": revision}
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
-    except FAILURES as error:
-        raise ModelError(f"The tokenizer of '{name}' cannot be loaded: {error}") from error
+    except Exception as error:  # tokenizers raises no other kind, transformers half a dozen
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error
+        raise ModelError(
+            f"The tokenizer of '{name}' cannot be loaded ({reason}).", fix="Copy or save its files again."
+        ) from error
 
 
 def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from luthier.data.reading import files, resolve
 from luthier.data.spec import DataSpec
+from luthier.errors import DataError, ModelError
 from luthier.models import sources
 from luthier.recipe.manifest import hash_files, hash_json, versions
 from luthier.recipe.schema import ModelSpec, Recipe, Stage, TuneStage
@@ -60,7 +61,10 @@ def _is_random(recipe: Recipe, stage: Stage, upstream: Upstream | None) -> bool:
 
 def model_input(spec: ModelSpec) -> dict[str, Any]:
     """How the recipe's model is loaded, and the hash of its files; on the Hub its commit."""
-    return spec.model_dump(mode="json") | {"sha256": _model_hash(spec.name, spec.revision)}
+    try:
+        return spec.model_dump(mode="json") | {"sha256": _model_hash(spec.name, spec.revision)}
+    except OSError as error:
+        raise ModelError(f"{error.filename or spec.name} cannot be read: {error.strerror}.") from error
 
 
 def data_input(spec: DataSpec) -> dict[str, Any]:
@@ -69,7 +73,10 @@ def data_input(spec: DataSpec) -> dict[str, Any]:
     if place is None:
         return {"path": spec.path, "sha256": hash_json(["hub", spec.path, spec.subset, spec.revision])}
     root = place if place.is_dir() else place.parent
-    return {"path": spec.path, "sha256": hash_files(files(spec, place), root)}
+    try:
+        return {"path": spec.path, "sha256": hash_files(files(spec, place), root)}
+    except OSError as error:
+        raise DataError(f"{error.filename or place} cannot be read: {error.strerror}.") from error
 
 
 def _model_hash(name: str, revision: str | None) -> str:

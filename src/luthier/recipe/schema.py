@@ -202,11 +202,16 @@ def _option_faults(
         try:
             TypeAdapter(option.annotation).validate_python(value, strict=True)
         except ValidationError:
-            found.append(((name,), f"must be {option.type}, not {value!r}", f"{name}: {option.help}."))
+            kind = f"one of {', '.join(map(_as_yaml, option.choices))}" if option.choices else option.type
+            found.append(((name,), f"must be {kind}, not {value!r}", f"{name}: {option.help}."))
             continue
         if text := option.check(value):
             found.append(((name,), text, f"{name}: {option.help}."))
     return found
+
+
+def _as_yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _option_schemas(options: list[Option]) -> dict[str, Any]:
@@ -421,7 +426,8 @@ class Recipe(Strict):
             if folder is not None and not path.is_file():
                 path = Path(folder, path)
             try:
-                taxonomy.add_file(path)
+                if broken := taxonomy.add_file(path).fault:
+                    found.append(((index,), f"{path} is no method file: {broken}", None))
             except LuthierError as error:
                 found.append(((index,), error.message, error.fix))
         if found:

@@ -27,6 +27,12 @@ Place = tuple[str | int, ...]  # keys and indices from the top of the recipe: ("
 _LATER = {"compress": "Compression stages are not available yet."}
 
 
+# Keys that may be written as one string, and what it is.
+_WRITTEN = {
+    "data": "a path", "eval_data": "a path", "model": "a name", "method": "a name", "objective": "a name",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Fault:
     """One fault of a recipe: where it stands, what is wrong, what to write instead."""
@@ -117,6 +123,10 @@ def read(path: Path) -> Source:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise RecipeError(f"There is no recipe {path}.", fix=_nearby(path)) from error
+    except IsADirectoryError as error:
+        found = sorted(str(file) for file in path.glob("*.y*ml"))[:8]
+        fix = f"Give one of its files: {', '.join(found)}." if found else "Give the path of a YAML file."
+        raise RecipeError(f"{path} is a folder, not a recipe.", fix=fix) from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
             f"Recipe {path} cannot be read: {error}.", fix="Give a YAML file in UTF-8."
@@ -370,9 +380,7 @@ def _translate(source: Source, detail: ErrorDetails) -> Fault:
         message = f"{name} {message}" if message.startswith(("must ", "is ")) else message
         return Fault(source.where(place), place, message, fix)
     if kind == "missing":
-        field_ = _fields_at(place[:-1]).get(str(place[-1]))
-        fix = f"{place[-1]}: {field_.description}" if field_ and field_.description else None
-        return Fault(source.where(place), place, f"'{name}' is missing", fix)
+        return Fault(source.where(place), place, f"'{name}' is missing", _described(place))
     if kind == "extra_forbidden":
         key = str(place[-1])
         parent = dotted(place[:-1]) or "the recipe"
@@ -387,10 +395,14 @@ def _translate(source: Source, detail: ErrorDetails) -> Fault:
         return Fault(
             source.where(place), place, f"'{name}' is empty", "Give it a value, or leave the key out."
         )
+    if kind == "string_too_short":
+        return Fault(source.where(place), place, f"'{name}' is empty", _described(place))
     expected = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     expected = re.sub(
         "^(valid )?(dictionary|boolean) or instance of .*|^dictionary.*", "a mapping of keys", expected
     )
+    if expected == "a mapping of keys" and place[-1] in _WRITTEN:
+        expected = f"{_WRITTEN[str(place[-1])]} or a mapping of keys"
     shown = repr(found) if len(repr(found)) <= 60 else f"{repr(found)[:57]}..."
     fix = None
     if kind == "bool_type" and str(found).lower() in ("yes", "no", "on", "off", "true", "false"):
@@ -399,6 +411,12 @@ def _translate(source: Source, detail: ErrorDetails) -> Fault:
         choices = re.findall("'([^']+)'", str(context.get("expected", "")))
         fix = did_you_mean(found, near) if (near := nearest(found, choices)) else None
     return Fault(source.where(place), place, f"{name} must be {expected}, not {shown}", fix)
+
+
+def _described(place: Place) -> str | None:
+    """The key's name with its sentence in the schema."""
+    field_ = _fields_at(place[:-1]).get(str(place[-1]))
+    return f"{place[-1]}: {field_.description}" if field_ and field_.description else None
 
 
 def _fields_at(place: Place) -> dict[str, FieldInfo]:

@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 from luthier.data.load import Loaded
+from luthier.errors import ModelError
 from luthier.models.sources import Source
 from luthier.recipe.leakage import prompts
 
@@ -92,4 +93,10 @@ def _tokenizer(source: Source) -> Any:
         source = sources.locate(source.base)
     folder = gguf.target(source) if source.gguf_file else source.path
     file = folder / "tokenizer.json" if folder is not None else None
-    return Tokenizer.from_file(str(file)) if file is not None and file.is_file() else None
+    if file is None or not file.is_file():
+        return None
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the only kind that tokenizers raises
+        message = f"The tokenizer file {file} cannot be read: {error}."
+        raise ModelError(message, fix="Copy or save it again.") from error

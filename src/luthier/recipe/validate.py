@@ -74,10 +74,17 @@ def _model(draft: Draft) -> Iterator[Problem]:
     if draft.model is None:
         return
     try:
-        config = sources.config(sources.locate(draft.model.name))
+        source = sources.locate(draft.model.name)
+        config = sources.config(source)
     except LuthierError as error:
         yield ("model",), error.message, error.fix
         return
+    if draft.model.revision is not None and source.kind != "hub":
+        fix = "Leave it out."
+        yield ("model", "revision"), f"revision has no effect: {draft.model.name} is not on the Hub", fix
+    if draft.model.num_labels is not None and draft.task != "classification":
+        fix = "Leave it out, or write task: classification."
+        yield ("model", "num_labels"), f"num_labels has no effect on a {draft.task} model", fix
     if config is None:  # on the Hub, and not fetched yet
         return
     encoder_decoder = bool(config.get("is_encoder_decoder"))

@@ -251,10 +251,18 @@ def test_the_first_step_is_proven(tmp_path):
     assert found["step1", "peak memory"].tolerance == int(1.3e12)
 
 
-def test_memory_above_the_estimate_is_said_and_not_refused(tmp_path):
+def test_memory_above_the_estimate_is_said_and_not_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("luthier.resources.resident_memory", lambda: 0)  # a process that held nothing else
     with checks.collect() as lines:
         sft(tiny.llama(), tmp_path, expected_memory=1000).train()
     assert [line.passed for line in lines if line.name == "peak memory"] == [False]
+
+
+def test_what_the_process_held_before_is_not_the_trainings(tmp_path, monkeypatch):
+    monkeypatch.setattr("luthier.resources.resident_memory", lambda: 10**12)
+    with checks.collect() as lines:
+        sft(tiny.llama(), tmp_path, expected_memory=1000).train()
+    assert [line.passed for line in lines if line.name == "peak memory"] == [True]
 
 
 def test_a_frozen_weight_that_moves_is_found(tmp_path):

@@ -210,7 +210,7 @@ def test_gradient_checkpointing_changes_nothing(name, kind):
         losses.append(loss.detach())
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
         assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
-    assert torch.allclose(*losses, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(*losses, rtol=1e-5, atol=1e-6)
     for n, gradient in gradients[0].items():
         assert gradient is not None
         assert torch.allclose(gradient, gradients[1][n], rtol=0, atol=1e-6)

@@ -98,19 +98,7 @@ def combine(
             also replace whole modules.
         CheckError: an adapter's change is not what the adapter does, or rounding loses the sum.
     """
-    if how not in WAYS:
-        raise MethodError(f"Adapters cannot be combined by '{how}'.", fix=did_you_mean(how, WAYS))
-    if not 0 < density <= 1:
-        raise MethodError(f"density: {density} is no share of the values.", fix="Write 0.5, say.")
-    for name in weights:
-        if name not in model.peft_config:
-            raise MethodError(f"There is no adapter '{name}'.", fix=did_you_mean(name, model.peft_config))
-        if model.peft_config[name].modules_to_save:
-            raise MethodError(
-                f"Adapter '{name}' replaces whole modules: {model.peft_config[name].modules_to_save}.",
-                fix="Merge it alone.",
-            )
-    require_mergeable(model)
+    _require_combinable(model, weights, how, density)
     own = _to_float32(model)
     base = _base_logits(model)
     shared = _split_shared(model)
@@ -136,6 +124,22 @@ def combine(
     merged = model.unload()
     _join_equal(merged, shared)
     return _finish(merged, own, dtype, probe_logits(merged), base, " + ".join(weights))
+
+
+def _require_combinable(model: PeftModel, weights: dict[str, float], how: str, density: float) -> None:
+    if how not in WAYS:
+        raise MethodError(f"Adapters cannot be combined by '{how}'.", fix=did_you_mean(how, WAYS))
+    if not 0 < density <= 1:
+        raise MethodError(f"density: {density} is no share of the values.", fix="Write 0.5, say.")
+    for name in weights:
+        if name not in model.peft_config:
+            raise MethodError(f"There is no adapter '{name}'.", fix=did_you_mean(name, model.peft_config))
+        if model.peft_config[name].modules_to_save:
+            raise MethodError(
+                f"Adapter '{name}' replaces whole modules: {model.peft_config[name].modules_to_save}.",
+                fix="Merge it alone.",
+            )
+    require_mergeable(model)
 
 
 def _together(changes: list[torch.Tensor], weights: torch.Tensor, how: str, density: float) -> torch.Tensor:

@@ -315,14 +315,6 @@ class TestModel:
         assert not torch.allclose(models.forward(other, input_ids=text), before, atol=1e-3)
         assert torch.equal(models.forward(model, input_ids=text), before)
 
-    @decoders
-    def test_compiles(self, make):
-        model = adapted(make())
-        text = models.ids(2, 9)
-        expected = models.forward(model, input_ids=text)
-        compiled = torch.compile(model, backend="eager")
-        assert torch.allclose(models.forward(compiled, input_ids=text), expected, atol=1e-5)
-
 
 class TestAdapters:
     @pytest.fixture

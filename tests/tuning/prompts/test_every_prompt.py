@@ -186,6 +186,13 @@ class TestDecoder:
         assert torch.equal(logits[:, :6], changed[:, :6])
         assert not torch.allclose(logits[:, 6], changed[:, 6], atol=1e-3)
 
+    def test_compiles(self, name, kind):
+        model = adapted(name, MODELS[kind]())
+        text = models.ids(2, 9)
+        expected = models.forward(model, input_ids=text)
+        compiled = torch.compile(model, backend="eager")
+        assert torch.allclose(models.forward(compiled, input_ids=text), expected, atol=1e-5)
+
     def test_the_loss_of_labelled_rows_alone_is_the_loss(self, name, kind):
         model = adapted(name, MODELS[kind]())
         assert label_only.why_not(model) is None

@@ -69,7 +69,6 @@ def train(model, folder, callbacks=(), **changes):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_it_is_the_form_that_moves_the_weight(make, first, accumulation, tmp_path):
     options = {"gradient_accumulation_steps": accumulation}
-    # Untied: moving a tied weight in place would move its other user too.
     ours = train(delta(make().double(), start_steps=first).double(), tmp_path, **options)
     plain = lora(make().double()).double()
     train(plain, tmp_path, [InPlace(plain, 0.5, first)], **options)

@@ -1,5 +1,9 @@
 """Tiny models beside those of `tiny.py`, and inputs, for the tests of learnt prompts."""
 
+from collections.abc import Callable
+from typing import Any
+
+import small_training as training
 import tiny
 import torch
 from transformers import (
@@ -23,6 +27,23 @@ SIZES = {
     "initializer_range": 0.1,
     "num_labels": 3,
 }
+
+
+def gradients(make: Callable[[], Any], reentrant: bool) -> list[dict[str, Any]]:
+    """Gradients of one batch without checkpointing and with it, by parameter."""
+    found = []
+    for checkpointing in (False, True):
+        model = make()
+        model.train()
+        if checkpointing:
+            options = {"use_reentrant": reentrant}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            model.enable_input_require_grads()
+        model(**training.batch(model)).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    return found
+
+
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 

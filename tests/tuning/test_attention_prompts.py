@@ -267,19 +267,12 @@ class TestModel:
     @every_model
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_checkpointing_gives_the_same_gradients(self, make, reentrant):
-        found = []
-        for checkpointing in (False, True):
-            model = adapted(make(), prefix_projection=True, encoder_hidden_size=8)
-            model.train()
-            if checkpointing:
-                options = {"use_reentrant": reentrant}
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-                model.enable_input_require_grads()
-            model(**training.batch(model)).loss.backward()
-            found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-        for name, gradient in found[0].items():
+        plain, again = models.gradients(
+            lambda: adapted(make(), prefix_projection=True, encoder_hidden_size=8), reentrant
+        )
+        for name, gradient in plain.items():
             assert gradient.abs().max() > 0, name
-            assert torch.allclose(found[1][name], gradient, atol=1e-6), name
+            assert torch.allclose(again[name], gradient, atol=1e-6), name
 
     @encoder_decoders
     def test_every_kind_of_site_acts(self, make):

@@ -6,12 +6,10 @@ cheap in the backward pass as in unslothai/unsloth.
     a = silu(gate)    h = a * up    y = h W^T + b + s (h A^T) B^T        gate, up, h (N, inner)
 
 Autograd keeps gate, up, a and h; here gate and up are kept, and a and h are made again. In SmolLM2-135M a
-and h are a quarter of all activations, and to make them again costs less than a hundredth of a step.
+and h are two of the four tensors of the MLP's width, which are the largest there are.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import MethodType
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from luthier.acceleration import fused_lora
+from luthier.acceleration.replaced import replaced
 
 PARTS = (
     "gate_proj",
@@ -31,17 +30,9 @@ PARTS = (
 TOLERANCE = 1e-2  # half precision rounds what is added in another order
 
 
-@contextmanager
-def fused(model: nn.Module) -> Iterator[int]:
+def fused(model: nn.Module) -> AbstractContextManager[int]:
     """Inside, every gated MLP of `model` that can be runs as one operation. Yields their number."""
-    found = [m for m in model.modules() if "forward" not in m.__dict__ and why_not(m) is None]
-    for module in found:
-        module.forward = MethodType(_forward, module)
-    try:
-        yield len(found)
-    finally:
-        for module in found:
-            del module.forward
+    return replaced(model, why_not, _forward)
 
 
 @torch.no_grad()

@@ -3,9 +3,9 @@
     O = softmax(s Q K^T + causal mask) V
 
 torch's kernel for a CPU is slower in bfloat16 than in float32 where the processor has no matrix unit for it
-(AMX): its blocks are too small for bfloat16's products to pay for their packing. On 170 tokens, 9 heads of
-64: forward 0.8 ms against 0.6, backward 3.7 against 1.5, and a fifth of a training step was that backward.
-The longer the document, the larger the blocks: at LONGEST tokens both take the same time.
+(AMX): its blocks are too small for bfloat16's products to pay for their packing. On 170 tokens the backward
+pass takes less than half the time in float32; the longer the document, the larger the blocks, and at LONGEST
+tokens both take about the same (`benchmarks/attention_cpu.py`).
 
 What is kept for the backward pass stays in half precision, so the memory is that of the half kernel.
 """

@@ -3,8 +3,8 @@
 A model that is asked for its last logits (`logits_to_keep=1`, as in `generate`) cuts one column out of its
 hidden states: (batch, 1, hidden) with gaps between the rows. torch's linear layer folds the two leading
 dimensions of a tensor with gaps only where the weight needs a gradient. Where it is frozen, as under every
-adapter, it repeats the weight for each row instead (in bfloat16): for 50 rows of SmolLM2-135M that is 2.8 GB
-and 4 s a batch.
+adapter, it repeats the weight for each row instead (in bfloat16): for 50 rows of SmolLM2-135M, whose head
+has 49152 x 576 numbers, that is 2.8 GB.
 """
 
 from collections.abc import Iterator

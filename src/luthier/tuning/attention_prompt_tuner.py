@@ -8,7 +8,6 @@ from typing import Any
 import peft
 import torch
 from peft import PeftConfig
-from peft.utils.other import _prepare_prompt_learning_config
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -110,9 +109,7 @@ class AttentionPromptTuner(PromptTuner):
             setattr(target, name, layer)
             self.layers.append(layer)
         self._add(layer, adapter_name, peft_config)
-        base = next(target.parameters())
-        layer.to(base.device, torch.float64 if base.dtype == torch.float64 else torch.float32)
-        layer.train(target.training)
+        layer.settle(target)
         if self._start:
             layer.start_from(adapter_name, self._start[site.path])
 
@@ -187,18 +184,8 @@ class AttentionPromptTuner(PromptTuner):
         if not same:
             return None
         shape = {"num_layers": len(layers), "num_attention_heads": site.heads, "token_dim": site.size // 2}
-        found = peft.PrefixTuningConfig(
-            num_virtual_tokens=config.num_virtual_tokens,
-            num_transformer_submodules=1,
-            task_type=config.task_type,
-            modules_to_save=config.modules_to_save,
-            base_model_name_or_path=config.base_model_name_or_path,
-        )
-        try:
-            _prepare_prompt_learning_config(found, self.model.config)
-        except ValueError:
-            return None
-        if any(getattr(found, name) != value for name, value in shape.items()):
+        found = self.config_of_peft(peft.PrefixTuningConfig, adapter)
+        if found is None or any(getattr(found, name) != value for name, value in shape.items()):
             return None
         return found, torch.cat([layer.pairs(adapter) for layer in layers], dim=1)
 

@@ -374,7 +374,6 @@ class AttentionPrompt(PromptLayer):
         self.shared = nn.ModuleDict()
         self.dropout: dict[str, float] = {}
         self._elsewhere: dict[str, Reparametrisation] = {}
-        self._folded: dict[str, tuple[Any, Tensor]] = {}
 
     def add_table(self, adapter: str, length: int, std: float, dropout: float = 0.0) -> None:
         """A prompt that learns directly, drawn from N(0, std^2)."""
@@ -415,17 +414,7 @@ class AttentionPrompt(PromptLayer):
         if adapter in self.table:
             return self.table[adapter]
         head, shared = self.head[adapter], self._elsewhere[adapter]
-        weights = [*head.parameters(), *shared.parameters()]
-        fixed = not torch.is_grad_enabled() and not self.training
-        key = [(p.data_ptr(), p._version) for p in weights] if fixed else None
-        if fixed and adapter in self._folded and self._folded[adapter][0] == key:
-            return self._folded[adapter][1]
-        kind = "cpu" if weights[0].is_meta else weights[0].device.type
-        with torch.autocast(kind, enabled=False):
-            found: Tensor = head(shared())
-        if fixed:  # generation: not anew for every token
-            self._folded[adapter] = (key, found)
-        return found
+        return self.computed(adapter, [*head.parameters(), *shared.parameters()], lambda: head(shared()))
 
     def length(self) -> int:
         """P of what is active now, and 0 where nothing is."""
@@ -472,8 +461,3 @@ class AttentionPrompt(PromptLayer):
             if adapter in store:
                 del store[adapter]
         self.table[adapter] = nn.Parameter(value.detach().to(held.dtype, copy=True), requires_grad=learns)
-
-    def train(self, mode: bool = True) -> "AttentionPrompt":
-        self._folded.clear()
-        super().train(mode)
-        return self

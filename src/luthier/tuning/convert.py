@@ -10,10 +10,11 @@ The change is what merging adds to the weight, so it is right for DoRA too, whos
 """
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from luthier import checks
 from luthier.errors import MethodError
 from luthier.terminal import track
+from luthier.tuning.lora_factors import unit_config
 from luthier.tuning.merge import require_mergeable
 from luthier.tuning.probe import distance, probe_logits
 
@@ -68,7 +70,9 @@ def to_lora(model: PeftModel, rank: int | float) -> PeftModel:
         name: factorise(change(layer, adapter, name), rank)
         for name, layer in track(list(_layers(model, adapter)), "layers")
     }
-    config = _config(model, found)
+    ranks = {name: len(factors.a) for name, factors in found.items()}
+    transposed = isinstance(model.get_base_model().get_submodule(min(ranks)).get_base_layer(), Conv1D)
+    config = unit_config(ranks, model.peft_config[adapter], fan_in_fan_out=transposed)
     plain = model.unload()
     dtypes = {parameter: parameter.dtype for parameter in plain.parameters()}
     converted = get_peft_model(plain, config, adapter_name=adapter)
@@ -77,15 +81,14 @@ def to_lora(model: PeftModel, rank: int | float) -> PeftModel:
     _fill(converted, found, adapter)
     effect = adapted - base
     error = distance(probe_logits(converted), adapted, effect)
-    ranks = [len(factors.a) for factors in found.values()]
+    lost = max(factors.lost for factors in found.values())
     checks.record(
         "export",
         "as a LoRA",
-        bool(torch.isfinite(torch.tensor(error))),
+        math.isfinite(error),
         error,
-        detail=f"error on a probe relative to the adapter's effect; rank {min(ranks)} to {max(ranks)}, "
-        f"{max(f.lost for f in found.values()):.2%} of a change's squared norm lost at most",
-        refuse=False,
+        detail="error on a probe relative to the adapter's effect; rank "
+        f"{min(ranks.values())} to {max(ranks.values())}, {lost:.2%} of a change's squared norm lost at most",
     )
     return converted
 
@@ -143,26 +146,6 @@ def _layers(model: PeftModel, adapter: str) -> list[tuple[str, BaseTunerLayer]]:
         if isinstance(module, BaseTunerLayer)
         and any(adapter in getattr(module, store) for store in module.adapter_layer_names)
     ]
-
-
-def _config(model: PeftModel, found: dict[str, Factors]) -> LoraConfig:
-    old = model.peft_config[model.active_adapter]
-    ranks = {name: len(factors.a) for name, factors in found.items()}
-    most = max(ranks.values())
-    other = {name: rank for name, rank in ranks.items() if rank != most}
-    return LoraConfig(
-        r=most,
-        lora_alpha=most,  # a scale of 1: the factors hold all of it
-        target_modules=sorted(found),
-        rank_pattern=other,
-        alpha_pattern=dict(other),
-        modules_to_save=getattr(old, "modules_to_save", None),
-        fan_in_fan_out=isinstance(
-            model.get_base_model().get_submodule(next(iter(found))).get_base_layer(), Conv1D
-        ),
-        task_type=old.task_type,
-        base_model_name_or_path=old.base_model_name_or_path,
-    )
 
 
 @torch.no_grad()

@@ -20,7 +20,6 @@ from typing import Any, ClassVar, NamedTuple
 import peft
 import torch
 from peft import PeftConfig
-from peft.utils.other import _prepare_prompt_learning_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -105,7 +104,6 @@ class InputPrompt(PromptLayer):
         self.lengths: dict[str, int] = {}
         self.table = nn.ParameterDict()
         self.encoder = nn.ModuleDict()
-        self._folded: dict[str, tuple[Any, Tensor]] = {}
 
     def add(self, adapter: str, length: int, start: Tensor | nn.Module) -> None:
         """`start` are the first rows (length, width), or the encoder that makes them."""
@@ -127,17 +125,7 @@ class InputPrompt(PromptLayer):
         if adapter in self.table:
             return self.table[adapter]
         encoder = self.encoder[adapter]
-        weights = list(encoder.parameters())
-        fixed = not torch.is_grad_enabled() and not self.training
-        key = [(p.data_ptr(), p._version) for p in weights] if fixed else None
-        if fixed and adapter in self._folded and self._folded[adapter][0] == key:
-            return self._folded[adapter][1]
-        kind = "cpu" if weights[0].is_meta else weights[0].device.type
-        with torch.autocast(kind, enabled=False):
-            found: Tensor = encoder()
-        if fixed:
-            self._folded[adapter] = (key, found)
-        return found
+        return self.computed(adapter, list(encoder.parameters()), encoder)
 
     def forward(self) -> Tensor:
         """The rows of what is active, one adapter's behind another's."""
@@ -152,11 +140,6 @@ class InputPrompt(PromptLayer):
                 del store[adapter]
         value = value.detach().to(held.dtype, copy=True)
         self.table[adapter] = nn.Parameter(value, requires_grad=held.requires_grad)
-
-    def train(self, mode: bool = True) -> "InputPrompt":
-        self._folded.clear()
-        super().train(mode)
-        return self
 
 
 # The tuner ---------------------------------------------------------------------------------------------
@@ -239,9 +222,7 @@ class InputPromptTuner(PromptTuner):
             peft_config.marker_id = token_id(self.model, peft_config.marker)
         setattr(target, f"{self.prefix}prompt", layer)
         layer.add(adapter_name, length, peft_config.initial(self.model, layer.width))
-        weight = target.weight
-        layer.to(weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
-        layer.train(target.training)
+        layer.settle(target)
 
     # Hooks ----------------------------------------------------------------------------------------------
 
@@ -384,18 +365,10 @@ class InputPromptTuner(PromptTuner):
         # PEFT's class pools a classifier's answer from the prompt, or from padding.
         if structure.task(self.model) not in ("causal", "seq2seq") or config.marker is not None:
             return None
-        found = self.kind_of_peft(
-            num_virtual_tokens=config.num_virtual_tokens,
-            num_transformer_submodules=1,
-            task_type=config.task_type,
-            modules_to_save=config.modules_to_save,
-            base_model_name_or_path=config.base_model_name_or_path,
-        )
-        try:
-            _prepare_prompt_learning_config(found, self.model.config)
-        except ValueError:
+        found = self.config_of_peft(self.kind_of_peft, adapter)
+        if found is None or found.token_dim != layer.width:
             return None
-        return (found, layer.rows(adapter)) if found.token_dim == layer.width else None
+        return found, layer.rows(adapter)
 
     def from_peft(self, adapter: str, table: Tensor) -> None:
         layer = self.prompt[0]

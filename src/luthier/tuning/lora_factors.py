@@ -262,6 +262,7 @@ def write_lora(
     config.rank_pattern = {key: rank(value) for key, value in old.rank_pattern.items()}
     config.lora_alpha = old.lora_alpha * grow
     config.alpha_pattern = {key: value * grow for key, value in old.alpha_pattern.items()}
+    config.init_lora_weights = True  # of the adapter that was trained; this one is read from the file
     config.inference_mode = True
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model.get_base_model(), "name_or_path", None)
@@ -270,6 +271,27 @@ def write_lora(
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     config.save_pretrained(str(folder))
+
+
+def unit_config(ranks: dict[str, int], old: Any, *, fan_in_fan_out: bool) -> peft.LoraConfig:
+    """Of a plain LoRA whose factors hold all of its scale.
+
+    Args:
+        ranks: rank of each layer, by its name in the base model.
+        old: config of the adapter that it stands for.
+    """
+    most = max(ranks.values())
+    other = {name: rank for name, rank in ranks.items() if rank != most}
+    taken = ("task_type", "base_model_name_or_path", "revision", "modules_to_save")
+    return peft.LoraConfig(
+        r=most,
+        lora_alpha=most,
+        rank_pattern=other,
+        alpha_pattern=dict(other),
+        target_modules=sorted(ranks),
+        fan_in_fan_out=fan_in_fan_out,
+        **{field: getattr(old, field, None) for field in taken},
+    )
 
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:

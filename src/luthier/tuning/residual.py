@@ -5,13 +5,13 @@ s [B, B0] [A; -A0]: an ordinary adapter of rank 2r on W, at the same scale s. Un
 matrix V = W + s (B A - B0 A0) is the same too, so the magnitudes stay right.
 """
 
-import copy
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor
+
+from luthier.tuning.lora_factors import adapter_state, write_lora
 
 
 def changes_base(config: LoraConfig) -> bool:
@@ -36,22 +36,10 @@ def save_for_original_base(model: PeftModel, initial: dict[str, Tensor], folder:
     Args:
         initial: `factors(model)` from before training.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu() for name, tensor in get_peft_model_state_dict(model).items()}
+    state = adapter_state(model)
     for name, start in initial.items():
         side_by_side = name.endswith(".lora_B.weight")  # B (out, 2r), A (2r, in)
-        state[name] = torch.cat([state[name], start if side_by_side else -start], dim=int(side_by_side))
-    config = copy.deepcopy(model.peft_config[model.active_adapter])
+        state[name] = torch.cat([state[name].cpu(), start if side_by_side else -start], dim=int(side_by_side))
     # s = alpha / r, or alpha / sqrt(r): keep it while r doubles.
-    grow = 2**0.5 if config.use_rslora else 2
-    config.r *= 2
-    config.lora_alpha *= grow
-    config.rank_pattern = {key: 2 * value for key, value in config.rank_pattern.items()}
-    config.alpha_pattern = {key: grow * value for key, value in config.alpha_pattern.items()}
-    config.init_lora_weights = True
-    config.inference_mode = True
-    save_file(
-        {k: v.contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
-    )
-    config.save_pretrained(str(folder))
+    grow = 2**0.5 if model.peft_config[model.active_adapter].use_rslora else 2
+    write_lora(model, state, folder, rank=lambda r: 2 * r, grow=grow)

@@ -15,13 +15,15 @@ Two forms of one adapter on disk:
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
+from peft.utils.other import _prepare_prompt_learning_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -64,6 +66,33 @@ class PromptLayer(nn.Module, BaseTunerLayer):
     weight = None
     bias = None
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._folded: dict[str, tuple[Any, Tensor]] = {}
+
+    def computed(self, adapter: str, weights: list[nn.Parameter], make: Callable[[], Tensor]) -> Tensor:
+        """What a reparametrisation of `weights` gives, in fp32; in generation not anew for every token."""
+        fixed = not torch.is_grad_enabled() and not self.training
+        key = [(p.data_ptr(), p._version) for p in weights] if fixed else None
+        if fixed and adapter in self._folded and self._folded[adapter][0] == key:
+            return self._folded[adapter][1]
+        kind = "cpu" if weights[0].is_meta else weights[0].device.type
+        with torch.autocast(kind, enabled=False):
+            found = make()
+        if fixed:
+            self._folded[adapter] = (key, found)
+        return found
+
+    def settle(self, beside: nn.Module) -> None:
+        """Go where `beside` is, in fp32 (or its float64), in its mode."""
+        base = next(beside.parameters())
+        self.to(base.device, torch.float64 if base.dtype == torch.float64 else torch.float32)
+        self.train(beside.training)
+
+    def train(self, mode: bool = True) -> Self:
+        self._folded.clear()
+        return super().train(mode)
+
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
@@ -88,6 +117,17 @@ class PromptTuner(BaseTuner):
     def to_peft(self, adapter: str) -> tuple[PeftConfig, Tensor] | None:
         """PEFT's own config and `prompt_embeddings` where its class computes the same, or None."""
         raise NotImplementedError
+
+    def config_of_peft(self, kind: type[PeftConfig], adapter: str) -> PeftConfig | None:
+        """PEFT's own config of the prompt, or None where PEFT does not know the model."""
+        own = self.peft_config[adapter]
+        taken = ("num_virtual_tokens", "task_type", "modules_to_save", "base_model_name_or_path")
+        found = kind(num_transformer_submodules=1, **{name: getattr(own, name) for name in taken})
+        try:
+            _prepare_prompt_learning_config(found, self.model.config)
+        except ValueError:
+            return None
+        return found
 
     def from_peft(self, adapter: str, table: Tensor) -> None:
         """Take up the `prompt_embeddings` of a file of PEFT's.

@@ -25,6 +25,7 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
 from luthier.errors import MethodError
+from luthier.tuning.lora_factors import unit_config
 
 FACTORS = ("lora_A", "lora_B", "lora_E")
 # Of a schedule, by adapter: numbers for each entry of the factors (2, r, in + out + 1), in rows [Q, P^T, l],
@@ -154,16 +155,6 @@ def to_lora(model: PeftModel) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
             ranks[path] = len(size)
             state[key + "lora_A.weight"] = size * q[kept]
             state[key + "lora_B.weight"] = p[:, kept] * (size * value[kept].sign()).T
-    most = max(ranks.values())
-    other = {path: rank for path, rank in ranks.items() if rank != most}
-    taken = ("task_type", "base_model_name_or_path", "revision", "bias", "fan_in_fan_out", "modules_to_save")
-    config = peft.LoraConfig(
-        r=most,
-        lora_alpha=most,
-        rank_pattern=other,
-        alpha_pattern=dict(other),
-        target_modules=list(ranks),
-        inference_mode=True,
-        **{field: getattr(old, field) for field in taken},
-    )
+    config = unit_config(ranks, old, fan_in_fan_out=old.fan_in_fan_out)
+    config.bias, config.inference_mode = old.bias, True
     return config, {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}

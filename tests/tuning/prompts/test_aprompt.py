@@ -232,19 +232,10 @@ class TestWhole:
     @every_model
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_checkpointing_gives_the_same_gradients(self, make, reentrant):
-        found = []
-        for checkpointing in (False, True):
-            model = whole(make())
-            model.train()
-            if checkpointing:
-                options = {"use_reentrant": reentrant}
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-                model.enable_input_require_grads()
-            model(**training.batch(model)).loss.backward()
-            found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-        for name, gradient in found[0].items():
+        plain, again = models.gradients(lambda: whole(make()), reentrant)
+        for name, gradient in plain.items():
             assert gradient.abs().max() > 0, name
-            assert torch.allclose(found[1][name], gradient, atol=1e-6), name
+            assert torch.allclose(again[name], gradient, atol=1e-6), name
 
     def test_of_two_adapters_one_is_active(self, tiny_llama):
         model = whole(tiny_llama)

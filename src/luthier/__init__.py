@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from luthier.models.loading import load
     from luthier.models.saving import save
     from luthier.recipe.compare import compare
+    from luthier.recipe.race import race
     from luthier.recipe.runner import run
     from luthier.tuning.attach import attach
 
@@ -28,6 +29,7 @@ _LAZY = {
     "evaluate": "luthier.evaluation.evaluate",
     "run": "luthier.recipe.runner",
     "compare": "luthier.recipe.compare",
+    "race": "luthier.recipe.race",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "load",
     "method",
     "methods",
+    "race",
     "run",
     "save",
     "trainer",

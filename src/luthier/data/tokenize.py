@@ -278,7 +278,7 @@ def encode_classification(
         DataError: other rows, one class only, or a label that is none of the classes.
     """
     _require(loaded, "classification", "text and label")
-    names = labels or loaded.spec.labels or _class_names(loaded)
+    names = labels or loaded.spec.labels or class_names(loaded)
     report = EncodeReport(len(loaded), max_length, label_names=names)
     numbers = [_class_number(row["label"], names, loaded, i) for i, row in enumerate(loaded.records)]
     found = Counter(numbers)
@@ -315,7 +315,7 @@ def _require(loaded: Loaded, type: str, fields: str) -> None:
         )
 
 
-def _class_names(loaded: Loaded) -> list[str]:
+def class_names(loaded: Loaded) -> list[str]:
     """The names found: whole numbers are numbered as they are, names are sorted."""
     found = {row["label"] for row in loaded.records}
     if all(isinstance(label, bool) for label in found):

@@ -175,6 +175,20 @@ def plan(recipe: Recipe) -> Plan:
     return found
 
 
+def trainable(recipe: Recipe) -> int:
+    """Parameters that learn in the recipe's first tune stage.
+
+    Raises:
+        MethodError: the method cannot be put on this model.
+    """
+    stage = next(s for s in recipe.stages if isinstance(s, TuneStage))
+    base = _Base(recipe)
+    with _quietly():
+        placement = base.placement(train=not is_adapter(stage.method))
+        method = stage.method.method(**stage.method.options)
+        return trained(footprint.attach(base.model(placement), method))[0]
+
+
 @contextmanager
 def _quietly() -> Iterator[None]:
     """What the parts log belongs to the stages that use them in earnest."""

@@ -159,8 +159,9 @@ def main() -> None:
                 if found := run(folder, made):
                     print(row(task, title, [found]), flush=True)
             continue
-        made = [recipe(task, f"{name}-{seed}", {"name": name} | options, rate, seed) for seed in given.seeds]
-        runs = [found for one in made if (found := run(folder, one))]
+        method = {"name": name} | options
+        recipes = [recipe(task, f"{name}-{seed}", method, rate, seed) for seed in given.seeds]
+        runs = [found for one in recipes if (found := run(folder, one))]
         if runs:
             print(row(task, f"{name} ({rate:g})", runs), flush=True)
 

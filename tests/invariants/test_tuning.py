@@ -26,6 +26,7 @@ OPTIONS = {
     "frozen_bottom": {"n": 1},
     "linear_probe": {"untie_head": True},
     "gradual_unfreezing": {"unit": "step", "groups_per_stage": 2},
+    "serial": {"bottleneck_dim": 8},
 }
 # Pairs that are refused in words.
 REFUSED = {("linear_probe", "t5"): "always ties its head"}

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier import checks
 from luthier.errors import MethodError, did_you_mean
-from luthier.models.structure import linears, match_targets
+from luthier.models.structure import blocks, linears, match_targets
 from luthier.terminal import no_peft_warnings
 from luthier.tuning.probe import distance, probe_logits
 
@@ -50,6 +50,11 @@ def attach(model: nn.Module, config: Any) -> nn.Module:
         raise MethodError(
             f"The model already carries an adapter ({type(tuning_of(model)).__name__}).",
             fix="Merge it first (luthier.tuning.merge.merge), or start from the base model.",
+        )
+    if hasattr(config, "search"):
+        raise MethodError(
+            f"{type(config).__module__.rpartition('.')[2]} trains no weights: there is nothing to attach.",
+            fix="Call config.search(model, tokenizer, data), or name it in a recipe's tune stage.",
         )
     config = copy.deepcopy(config)
     before = probe_logits(model)
@@ -219,6 +224,11 @@ def _report_coverage(
     checks.record(
         "before", "target patterns matched", bool(layers), len(patterns) or len(counts), detail=shown
     )
+    if getattr(config, "beside_ffn", False):
+        # What adapters of hidden states stand at need not have weights: a dropout, say.
+        detail = f"in {_blocks_reached(model)} of {len(blocks(model))} blocks"
+        checks.record("before", "places adapted", bool(layers), len(layers), "> 0", detail)
+        return
     adapted = {id(p): p.numel() for layer in layers for p in layer.get_base_layer().parameters()}
     experts = expert_parameters(model)
     # A wrapper of one stacked parameter holds its neighbours too: count what is named, not what is held.
@@ -229,6 +239,11 @@ def _report_coverage(
     detail = f"experts stay frozen: {sum(frozen.values()) / total:.0%} of the weights" if frozen else ""
     share = sum(adapted.values()) / total
     checks.record("before", "share of the weights adapted", share > 0, share, "> 0", detail)
+
+
+def _blocks_reached(model: PeftModel) -> int:
+    """In how many blocks a tuner has put something."""
+    return sum(any(isinstance(m, BaseTunerLayer) for m in block.modules()) for block in blocks(model))
 
 
 def _prove_trainable(model: nn.Module, config: Any) -> None:

@@ -33,7 +33,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from luthier.acceleration.documents import NAME as DOCUMENTS
 from luthier.acceleration.documents import document_lengths
 from luthier.errors import MethodError
-from luthier.tuning.probe import evaluating
+from luthier.tuning.probe import empty_inputs, evaluating
 from luthier.tuning.soft_prompts import PromptLayer
 
 SUFFIX = "-prompts"
@@ -294,15 +294,10 @@ def run_recorded(model: nn.Module, ids: Tensor | None = None) -> list[Call]:
     An encoder-decoder reads the text in both halves; the decoder's empty inputs are two.
     """
     global _calls
-    # With a cache: without one, transformers looks for packed rows, in numbers that meta tensors lack.
-    inputs: dict[str, Any] = {"use_cache": True}
     both = model.config.is_encoder_decoder
+    inputs = empty_inputs(model)
     if ids is not None:
-        inputs |= {"input_ids": ids} | ({"decoder_input_ids": ids} if both else {})
-    else:
-        table = model.get_input_embeddings().weight
-        empty = table.new_zeros(1, 3, table.shape[1])
-        inputs |= {"inputs_embeds": empty} | ({"decoder_inputs_embeds": empty[:, :2]} if both else {})
+        inputs = {"use_cache": True, "input_ids": ids} | ({"decoder_input_ids": ids} if both else {})
     before = model.config._attn_implementation
     model.set_attn_implementation(over(underlying(before)))
     _calls = []

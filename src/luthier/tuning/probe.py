@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,15 @@ def probe_inputs(model: nn.Module) -> dict[str, Tensor]:
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids.flip(1).to(device)
     return inputs
+
+
+def empty_inputs(model: nn.Module) -> dict[str, Any]:
+    """Three empty inputs, and two for a decoder: a run whose calls are looked at, also on the meta device."""
+    table = model.get_input_embeddings().weight
+    empty = table.new_zeros(1, 3, table.shape[1])  # (batch, seq, width)
+    # With a cache: without one, transformers looks for packed rows, in numbers that meta tensors lack.
+    inputs = {"use_cache": True, "inputs_embeds": empty}
+    return inputs | ({"decoder_inputs_embeds": empty[:, :2]} if model.config.is_encoder_decoder else {})
 
 
 def probe_logits(model: nn.Module) -> Tensor:

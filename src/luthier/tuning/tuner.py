@@ -80,7 +80,7 @@ class DeltaConfig(PeftConfig):
 
     @property
     def beside_ffn(self) -> bool:
-        """Whether the change runs beside the whole FFN of each block, and not on the layers named."""
+        """Whether the change stands at places of each block (beside its FFN), and not on the layers named."""
         return False
 
     @property
@@ -147,7 +147,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         total = y
         for name in self.active_adapters:
             if name in self.deltas:
-                total = total + _in_precision_of(x, self.deltas[name], y)
+                total = total + in_precision_of(x, self.deltas[name], y)
         return total
 
     def why_unmergeable(self, adapter: str) -> str:
@@ -285,6 +285,10 @@ class DeltaTuner(BaseTuner):
         first = self.model.get_submodule(self._firsts[name])
         return FeedForwardLayer(base_layer, slot, out_features, first)
 
+    def fits(self, config: Any, layer: DeltaLayer, name: str) -> bool:
+        """Whether a layer that holds adapters already can hold one of `config` too."""
+        return isinstance(layer, FeedForwardLayer) == bool(config.beside_ffn)
+
     def layers(self) -> Iterator[tuple[str, DeltaLayer]]:
         """The layers with changes, by name."""
         return ((n, m) for n, m in self.model.named_modules() if isinstance(m, DeltaLayer))
@@ -332,10 +336,9 @@ class DeltaTuner(BaseTuner):
         layer = target
         if not isinstance(layer, DeltaLayer):
             layer = self.make_layer(peft_config, target, current_key)
-        if isinstance(layer, FeedForwardLayer) != peft_config.beside_ffn:
+        if not self.fits(peft_config, layer, current_key):
             raise MethodError(
-                f"'{current_key}' carries an adapter of another variant: one reads the layer's own input, "
-                "the other that of the whole feed-forward part.",
+                f"'{current_key}' carries an adapter of another variant, which reads other hidden states.",
                 fix="Put the two on models of their own.",
             )
         device, dtype = _place(layer.get_base_layer(), self.model)
@@ -384,7 +387,7 @@ def _place(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu"), torch.float32
 
 
-def _in_precision_of(x: Tensor, delta: Delta, y: Tensor) -> Tensor:
+def in_precision_of(x: Tensor, delta: Delta, y: Tensor) -> Tensor:
     """`delta(x, y)` in the dtype of `y`, with the factors cast to that of `x` and not `x` to theirs."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):

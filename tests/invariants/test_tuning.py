@@ -19,7 +19,7 @@ from luthier.tuning.hooks import save_adapter
 from luthier.tuning.merge import merge
 
 MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2, "bert": tiny.bert, "t5": tiny.t5}
-METHODS = [method.name for method in taxonomy.methods("tuning") if method.origin == "luthier"]
+METHODS = [m.name for m in taxonomy.methods("tuning") if m.origin == "luthier" and not m.searches]
 # Sizes that suit two blocks.
 OPTIONS = {
     "top_layers": {"k": 1},
@@ -27,6 +27,7 @@ OPTIONS = {
     "linear_probe": {"untie_head": True},
     "gradual_unfreezing": {"unit": "step", "groups_per_stage": 2},
     "serial": {"bottleneck_dim": 8},
+    "parallel": {"bottleneck_dim": 8},
 }
 # Pairs that are refused in words.
 REFUSED = {("linear_probe", "t5"): "always ties its head"}

@@ -69,11 +69,11 @@ class AttentionPromptConfig(PromptConfig):
 class AttentionPromptTuner(PromptTuner):
     """Puts an `AttentionPrompt` into every attention module that the config asks for."""
 
-    layers: list[AttentionPrompt]
+    attentions: list[AttentionPrompt]
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self._sites = find_sites(model)
-        self.layers = []
+        self.attentions = []
         trunk = model.base_model
         self._positions = inspect.signature(trunk.forward).parameters.get("position_ids") is not None
         self._limit, self._first = learnt_positions(trunk)
@@ -105,15 +105,15 @@ class AttentionPromptTuner(PromptTuner):
         name = f"{self.prefix}prompt"
         layer = getattr(target, name, None)
         if layer is None:
-            layer = self.make_layer(site)
+            layer = self.make_pairs(site)
             setattr(target, name, layer)
-            self.layers.append(layer)
+            self.attentions.append(layer)
         self._add(layer, adapter_name, peft_config)
         layer.settle(target)
         if self._start:
             layer.start_from(adapter_name, self._start[site.path])
 
-    def make_layer(self, site: Site) -> AttentionPrompt:
+    def make_pairs(self, site: Site) -> AttentionPrompt:
         """What holds the prompts of one attention module."""
         return AttentionPrompt(site)
 
@@ -121,7 +121,7 @@ class AttentionPromptTuner(PromptTuner):
         if not config.prefix_projection:
             layer.add_table(adapter, config.num_virtual_tokens, config.init_std, config.prompt_dropout)
             return
-        same = [other for other in self.layers if other.site.kind == layer.site.kind]
+        same = [other for other in self.attentions if other.site.kind == layer.site.kind]
         shared = next((other.reparametrisation(adapter) for other in same if other.has(adapter)), None)
         owns = shared is None
         if shared is None:
@@ -136,7 +136,7 @@ class AttentionPromptTuner(PromptTuner):
 
         How far a text stands from the prompt must not depend on the padding between them.
         """
-        length = max((layer.length() for layer in self.layers), default=0)
+        length = max((layer.length() for layer in self.attentions), default=0)
         if not self._positions or not length or recording():
             return None
         offset = length if self._shifts() else 0
@@ -210,7 +210,7 @@ class AttentionPromptTuner(PromptTuner):
 
     def _holding(self, adapter: str) -> list[AttentionPrompt]:
         """The layers of an adapter in the order in which they run."""
-        held = {layer.site.path: layer for layer in self.layers if layer.has(adapter)}
+        held = {layer.site.path: layer for layer in self.attentions if layer.has(adapter)}
         return [held[site.path] for site in self._sites if site.path in held]
 
 

@@ -248,14 +248,18 @@ class PlacedTuner(DeltaTuner):
         return key in self._places
 
     def fits(self, config: Any, layer: DeltaLayer, name: str) -> bool:
-        return type(layer) is self._places[name].layer
+        wanted = self._places[name]
+        return (layer.place.layer, layer.place.heard) == (wanted.layer, wanted.heard)
 
     def make_layer(self, config: Any, base_layer: nn.Module, name: str) -> DeltaLayer:
         place, slot = self._places[name], f"{self.prefix}delta"
         if issubclass(place.layer, FeedForwardLayer):
             assert place.heard is not None
-            return place.layer(base_layer, slot, place.width, self._inner(place.heard))
-        return place.layer(base_layer, slot, place.width, place.reads)
+            layer: Any = place.layer(base_layer, slot, place.width, self._inner(place.heard))
+        else:
+            layer = place.layer(base_layer, slot, place.width, place.reads)
+        layer.place = place
+        return layer
 
     def _inner(self, name: str) -> nn.Module:
         """The module of the base called `name`, below what may stand there already."""

@@ -16,7 +16,7 @@ Two forms of one adapter on disk:
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from luthier import taxonomy
 from luthier.errors import MethodError, ModelError, did_you_mean
 from luthier.models import tokens
+from luthier.options import option
 from luthier.terminal import no_peft_warnings
 from luthier.tuning.probe import evaluating
 from luthier.tuning.registration import registered_type
@@ -46,8 +47,8 @@ class PromptConfig(PeftConfig):
     """Config of a learnt prompt; `num_virtual_tokens` is its length P."""
 
     num_virtual_tokens: int = 20
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "whole modules that learn too, such as a new classification head"}
+    modules_to_save: list[str] | None = option(
+        None, "modules that learn whole beside the prompt, such as a new classification head"
     )
 
     is_soft_prompt: ClassVar[bool] = True  # no change of weights: no identity at the start, nothing to merge
@@ -234,7 +235,7 @@ def get_own_names(tuner: PromptTuner, adapter: str) -> set[str]:
     return {
         tuner._remove_adapter_name_from_key(f"base_model.model.{path}.{name}", adapter)
         for path, module in tuner.model.named_modules()
-        if isinstance(module, tuner.tuner_layer_cls)
+        if isinstance(module, PromptLayer)
         for name in module.state_dict()
     }
 

@@ -197,8 +197,8 @@ class TestParts:
         inputs = inputs_of(model)
         torch.manual_seed(0)
         same = attach(make(), method("p_tuning_v2")(num_virtual_tokens=L, shift_positions=False))
-        tables = {layer.site.path: layer for layer in model.base_model.layers}
-        for layer in same.base_model.layers:
+        tables = {layer.site.path: layer for layer in model.base_model.attentions}
+        for layer in same.base_model.attentions:
             if layer.site.kind == "cross":
                 layer.enable_adapters(False)
             else:

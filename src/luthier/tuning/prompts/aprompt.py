@@ -164,7 +164,7 @@ class Tuner(AttentionPromptTuner, InputPromptTuner):
                 hook = partial(self._replace_rows, number)
                 self._hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def make_layer(self, site: Site) -> ScoredPrompt:
+    def make_pairs(self, site: Site) -> ScoredPrompt:
         return ScoredPrompt(site)
 
     def make_prompt(self, width: int) -> DeepPrompt:
@@ -230,7 +230,7 @@ class Tuner(AttentionPromptTuner, InputPromptTuner):
         return args, kwargs | {"prompt_places": Places(keys[:, past:], keys, rows)}
 
     def _disabled(self) -> bool:
-        layers = [*self.layers, *self.prompt]
+        layers = [*self.attentions, *self.prompt]
         return all(layer.disable_adapters for layer in layers)
 
     def _counted(self, text: Tensor, mask: Any, positions: Tensor | None, past: int) -> Tensor:

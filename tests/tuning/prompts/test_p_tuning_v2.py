@@ -96,7 +96,7 @@ class TestLayers:
 
     def test_of_an_encoder_decoder_are_counted_in_each_stack(self):
         model = adapted(models.deep_t5(), first_layer=1)
-        found = [(layer.site.kind, layer.site.layer) for layer in model.base_model.layers]
+        found = [(layer.site.kind, layer.site.layer) for layer in model.base_model.attentions]
         assert found == [("encoder", 1), ("encoder", 2), ("decoder", 1), ("cross", 1)]
 
     @pytest.mark.parametrize(

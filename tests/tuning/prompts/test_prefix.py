@@ -60,16 +60,16 @@ class TestProjection:
         stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
         assert list(stored) == ["prompt_embeddings"]
         assert stored["prompt_embeddings"].shape == (P, 2 * 2 * 2 * 8)
-        expected = projected(model.base_model.layers)
+        expected = projected(model.base_model.attentions)
         assert torch.allclose(stored["prompt_embeddings"], expected, atol=1e-6)
 
     def test_reaches_the_layers_in_order_keys_before_values(self, tiny_llama):
         """The rows of P_theta are cut as PEFT cuts them: slot 2l is K of layer l, slot 2l + 1 is V."""
         model = adapted(tiny_llama)
         expected = (
-            projected(model.base_model.layers).view(P, 4, 2, 8).permute(1, 2, 0, 3)
+            projected(model.base_model.attentions).view(P, 4, 2, 8).permute(1, 2, 0, 3)
         )  # (2L, heads, P, dim)
-        for number, layer in enumerate(model.base_model.layers):
+        for number, layer in enumerate(model.base_model.attentions):
             key, value = layer(torch.empty(1))
             assert torch.allclose(key[0], expected[2 * number], atol=1e-6)
             assert torch.allclose(value[0], expected[2 * number + 1], atol=1e-6)
@@ -77,7 +77,7 @@ class TestProjection:
     @pytest.mark.parametrize("kind", ["encoder", "decoder", "cross"])
     def test_of_an_encoder_decoder_is_one_for_each_kind(self, kind):
         model = adapted(models.deep_t5())
-        layers = [layer for layer in model.base_model.layers if layer.site.kind == kind]
+        layers = [layer for layer in model.base_model.attentions if layer.site.kind == kind]
         expected = projected(layers)
         assert torch.allclose(torch.cat([layer.pairs("default") for layer in layers], 1), expected, atol=1e-6)
 
@@ -86,7 +86,7 @@ class TestProjection:
         """Without a head: P d + m (d + 1) + 2 L H d_h (m + 1) for each kind of site."""
         model = adapted(make())
         sizes: dict = {}
-        for layer in model.base_model.layers:
+        for layer in model.base_model.attentions:
             sizes[layer.site.kind] = sizes.get(layer.site.kind, 0) + layer.site.size
         width = model.get_input_embeddings().weight.shape[1]
         learnt = sum(

@@ -43,6 +43,18 @@ def test_options_must_be_literals(tmp_path):
         read_options(file)
 
 
+def test_options_of_our_base_classes_come_after_a_methods_own(tmp_path):
+    file = tmp_path / "m.py"
+    start = "from luthier.tuning.peft_options import Where as W\nclass Config(W, object):\n"
+    file.write_text(
+        start + "    r: int = option(2, 'rank')\n    exclude_modules: str = option('x', 'mine')\n"
+    )
+    found = {option.name: option for option in read_options(file)}
+    assert list(found) == ["r", "exclude_modules", "layers_to_transform", "modules_to_save"]
+    assert found["exclude_modules"].help == "mine"
+    assert found["modules_to_save"].default is None
+
+
 def test_ranges_refuse_nan_and_bounds():
     option = Option("p", "float", 0.1, "share", ge=0, lt=1)
     assert option.check(0) is None

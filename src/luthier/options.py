@@ -9,11 +9,15 @@ the method (and torch with it), so its arguments must be literals.
 import ast
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from luthier.errors import MethodError, did_you_mean
+
+PACKAGE = Path(__file__).parent
 
 
 def option(
@@ -89,6 +93,9 @@ class Option:
 def read_options(source: Path | str, class_name: str = "Config") -> list[Option]:
     """The options that class `class_name` of a Python file declares with `option(...)`, in order.
 
+    Those of its base classes come after, where they are classes of this package that the file imports by
+    name; what the class declares anew is its own.
+
     Raises:
         MethodError: the file has no such class, or an option is not written with literals.
     """
@@ -100,14 +107,33 @@ def read_options(source: Path | str, class_name: str = "Config") -> list[Option]
             f"{path} declares no class '{class_name}'.",
             fix="A method file declares its options in a dataclass named Config.",
         )
-    return [
-        _read_option(path, node)
+    found = {
+        node.target.id: _read_option(path, node)
         for node in classes[class_name].body
         if isinstance(node, ast.AnnAssign)
+        and isinstance(node.target, ast.Name)
         and isinstance(node.value, ast.Call)
         and isinstance(node.value.func, ast.Name)
         and node.value.func.id == "option"
-    ]
+    }
+    for base in classes[class_name].bases:
+        for file, name in _ours(tree, base):
+            found = found | {option.name: option for option in _inherited(file, name)} | found
+    return list(found.values())
+
+
+@cache
+def _inherited(file: Path, class_name: str) -> tuple[Option, ...]:
+    return tuple(read_options(file, class_name))
+
+
+def _ours(tree: ast.Module, base: ast.expr) -> Iterator[tuple[Path, str]]:
+    """File and name of a base class that is imported from this package."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("luthier."):
+            for alias in node.names:
+                if isinstance(base, ast.Name) and base.id == (alias.asname or alias.name):
+                    yield PACKAGE.joinpath(*node.module.split(".")[1:]).with_suffix(".py"), alias.name
 
 
 def _read_option(path: Path, node: ast.AnnAssign) -> Option:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
@@ -75,7 +76,10 @@ def _show(method: Method) -> None:
 
 
 def _table(options: list[Option]) -> Table:
-    table = Table("option", "type", "default", "range", "meaning", title="Options", title_justify="left")
+    """Name and meaning; type, default and range below the meaning, so that no column is squeezed."""
+    table = Table("option", "meaning", title="Options", title_justify="left")
+    table.columns[0].no_wrap = True
     for o in options:
-        table.add_row(o.name, o.type, repr(o.default), o.range(), o.help)
+        facts = ", ".join(part for part in (o.type, o.range(), f"default {o.default!r}") if part)
+        table.add_row(o.name, f"{escape(o.help)}\n[dim]{escape(facts)}[/]")
     return table

@@ -58,21 +58,15 @@ def command(
     from luthier.recipe.race import LAPS, METHODS, OBJECTIVE, race, sized
 
     console = Console(soft_wrap=True)
-    allowed = _number(budget)
+    allowed = _parameters(budget)
     objective = objective or OBJECTIVE.get(load(data).type, "sft")
     spec = _model(model, objective)
     why = ""
     if method == AUTO:
-        found = race(
-            spec,
-            data,
-            folder=output / f"{name}-race",
-            budget=allowed,
-            methods=[n.strip() for n in candidates.split(",")] if candidates else METHODS,
-            objective=objective,
-            laps=_whole_numbers(laps) or LAPS,
-            seed=seed,
-        )
+        racing: Any = {"budget": allowed, "objective": objective, "seed": seed}
+        racing["methods"] = [n.strip() for n in candidates.split(",")] if candidates else METHODS
+        racing["laps"] = _whole_numbers(laps) or LAPS
+        found = race(spec, data, folder=output / f"{name}-race", **racing)
         _show(found, console)
         chosen, why = found.winner, found.why
     else:
@@ -83,7 +77,7 @@ def command(
     run.command(file, overrides)
 
 
-def _number(text: str) -> int | None:
+def _parameters(text: str) -> int | None:
     """'1M' as 1,000,000."""
     from luthier.errors import RecipeError
 

@@ -47,7 +47,7 @@ RATES = {
 # Options that set how many parameters a method has, and the values that are tried from the largest on.
 SIZES = {
     "r": (64, 32, 16, 8, 4, 2, 1),
-    "bottleneck": (256, 128, 64, 32, 16, 8, 4),
+    "bottleneck_dim": (256, 128, 64, 32, 16, 8, 4),
     "num_virtual_tokens": (100, 50, 20, 10, 5, 2, 1),
     "k": (8, 4, 2, 1),
 }

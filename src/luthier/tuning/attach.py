@@ -19,10 +19,11 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from luthier import checks
-from luthier.errors import MethodError, did_you_mean
+from luthier.errors import LuthierError, MethodError, did_you_mean
 from luthier.models.structure import blocks, linears, match_targets
 from luthier.terminal import no_peft_warnings
 from luthier.tuning.probe import distance, probe_logits
+from luthier.tuning.whole_modules import learn_in_float32
 
 log = logging.getLogger("luthier.tuning")
 
@@ -127,10 +128,11 @@ def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
     try:
         with no_peft_warnings():
             adapted = get_peft_model(model, config)
-    except MethodError:
+    except LuthierError:
         raise
     except ValueError as error:
         raise MethodError(f"PEFT cannot put {type(config).__name__} on this model: {error}.") from error
+    learn_in_float32(adapted)
     if not is_prompt(config):
         _report_coverage(adapted, config, patterns, total)
     return adapted

@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from luthier.errors import MethodError
+from luthier.tuning.peft_options import Where
 
 Factors = tuple[Tensor, Tensor, float]
 
@@ -67,10 +68,11 @@ class Watch:
 
 
 @dataclass
-class FactorConfig(peft.LoraConfig):
+class FactorConfig(Where, peft.LoraConfig):
     """What the configs of these methods have; a method declares what it offers as options anew."""
 
     def __post_init__(self) -> None:
+        self.require_where(self.target_modules)
         super().__post_init__()
         # PEFT annotates the mapping with classes but only calls what it holds.
         self._register_custom_module({nn.Module: factor_layer})

@@ -52,31 +52,25 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import MethodError
 from luthier.tuning.feed_forward import features, feed_forwards
+from luthier.tuning.peft_options import Where
 from luthier.tuning.registration import registered_type
 
 HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass
-class DeltaConfig(PeftConfig):
+class DeltaConfig(Where, PeftConfig):
     """What the configs of all these methods have; a method declares what it offers as options anew."""
 
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "the layers to adapt"})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "the layers to leave"})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "indices of blocks"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of their list"})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained whole"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = registered_type(type(self))
         if self.target_modules is None and not self.beside_ffn:
             self.target_modules = "all-linear"
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise MethodError(
-                f"layers_to_transform does not go with target_modules: {self.target_modules}.",
-                fix="List the names of the layers, such as [q_proj, v_proj].",
-            )
+        self.require_where(self.target_modules)
 
     @property
     def beside_ffn(self) -> bool:
@@ -115,6 +109,10 @@ class Delta(nn.Module):
     def weight(self) -> Tensor:
         """The change as a matrix (out, in). A method that does not define it cannot be merged."""
         raise NotImplementedError
+
+    def bias(self) -> Tensor | None:
+        """What `forward` adds to the product with that matrix (out), for the layer's bias, if anything."""
+        return None
 
 
 class DeltaLayer(nn.Module, BaseTunerLayer):
@@ -190,6 +188,8 @@ class DeltaLinear(DeltaLayer):
         plain = isinstance(base, nn.Linear | Conv1D) and type(base.weight) is nn.Parameter
         if not plain or base.weight.dtype not in (*HALF, torch.float32, torch.float64):
             return f"the weight of {type(base).__name__} is quantised or sharded, not a plain matrix"
+        if self.deltas[adapter].bias() is not None and base.bias is None:
+            return f"it learns a bias, which the {type(base).__name__} has no place for"
         return ""
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -224,6 +224,10 @@ class DeltaLinear(DeltaLayer):
         if safe and not torch.isfinite(merged).all():
             raise ValueError(f"the weights merged with {', '.join(names)} are not finite")
         weight.data = merged.to(weight.dtype)
+        biases = [b for b in (self.deltas[name].bias() for name in names) if b is not None]
+        if biases:
+            bias = self.get_base_layer().bias
+            bias.data = (bias.data.to(dtype) + sign * sum(b.to(dtype) for b in biases)).to(bias.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return adapter_name in self.deltas and not self.why_unmergeable(adapter_name)

@@ -4,11 +4,14 @@ import pytest
 import small_training as training
 import tiny
 import torch
+from peft import PeftModel
 
 from luthier import method
 from luthier.errors import MethodError, ModelError
 from luthier.tuning.attach import attach
 from luthier.tuning.delta import load_delta, save_delta
+from luthier.tuning.hooks import save_adapter
+from luthier.tuning.merge import merge
 
 
 def top(model, **options):
@@ -105,3 +108,25 @@ def test_a_delta_file_is_refused_on_another_base(tmp_path):
         load_delta(tiny.llama(seed=1), tmp_path / "delta.safetensors")
     with pytest.raises(ModelError, match="lacks"):
         load_delta(tiny.gpt2(), tmp_path / "delta.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("make", "block"), [(tiny.llama, "layers.1"), (tiny.gpt2, "h.1"), (tiny.bert, "layer.1")]
+)
+def test_top_blocks_learn_whole_above_lora(make, block, tmp_path):
+    """`modules_to_save` trains whole blocks beside an adapter: in one file, merged into one model."""
+    below = rf".*{block[:-1].replace('.', '[.]')}0[.].*(q_proj|v_proj|c_attn|query|value)"
+    model = attach(make(), method("lora")(r=2, target_modules=below, modules_to_save=[block]))
+    before = training.weights(model)
+    training.train(model, tmp_path / "out", max_steps=4)
+    moved = {n for n, w in training.weights(model).items() if not torch.equal(before[n], w)}
+    assert moved == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert any(f"{block}.modules_to_save" in name for name in moved)
+    assert any("lora_A" in name and f"{block}." not in name for name in moved)
+    expected = training.logits(model)
+    save_adapter(model, tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(make(), tmp_path / "saved")
+    assert torch.equal(training.logits(loaded), expected)
+    merged = merge(loaded)
+    assert type(merged) is type(make())
+    assert torch.allclose(training.logits(merged), expected, rtol=0, atol=1e-5)

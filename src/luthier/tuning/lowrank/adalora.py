@@ -57,14 +57,14 @@ from transformers import TrainerCallback
 from luthier import checks
 from luthier.errors import MethodError
 from luthier.options import option
-from luthier.tuning.peft_options import peft_options
+from luthier.tuning.peft_options import Where, peft_options
 from luthier.tuning.registration import register, registered_type
 from luthier.tuning.svd_lora import FACTORS, SvdTuner, to_lora
 
 
 @peft_options
 @dataclass
-class Config(peft.AdaLoraConfig):
+class Config(Where, peft.AdaLoraConfig):
     """Options of AdaLoRA; the rarer fields of `peft.AdaLoraConfig` can be given too."""
 
     init_r: int = option(12, "rank of every layer at the start", ge=1)
@@ -85,6 +85,7 @@ class Config(peft.AdaLoraConfig):
     def __post_init__(self) -> None:
         if self.r != peft.LoraConfig.r:
             raise MethodError(f"r: {self.r} means nothing to adalora.", fix="Write init_r and target_r.")
+        self.require_where(self.target_modules)
         given = self.total_step, self.tinit, self.tfinal
         self.total_step, self.tinit, self.tfinal = 1, 0, 0  # PEFT asks now for what the trainer knows later
         super().__post_init__()

@@ -45,14 +45,14 @@ from luthier.errors import MethodError
 from luthier.options import option
 from luthier.tuning import residual
 from luthier.tuning.groups import decay_groups
-from luthier.tuning.peft_options import peft_options
+from luthier.tuning.peft_options import Where, peft_options
 
 EPS = 1e-12
 
 
 @peft_options
 @dataclass
-class Config(peft.LoraConfig):
+class Config(Where, peft.LoraConfig):
     """Options of DoRA; the rarer fields of `peft.LoraConfig` can be given too."""
 
     r: int = option(16, "rank of the update of the direction", ge=1)
@@ -65,6 +65,7 @@ class Config(peft.LoraConfig):
     use_dora: bool = True
 
     def __post_init__(self) -> None:
+        self.require_where(self.target_modules)
         super().__post_init__()
         if not self.use_dora:
             raise MethodError("use_dora: false is plain LoRA.", fix="Write method: lora.")

@@ -45,7 +45,7 @@ from luthier.tuning.tuner import Delta, DeltaConfig, DeltaTuner
 
 @dataclass
 class Config(DeltaConfig):
-    """Options of KronA; `exclude_modules`, `layers_to_transform` and `modules_to_save` can be given too."""
+    """Options of KronA."""
 
     variant: str = option(
         "krona",

@@ -43,12 +43,12 @@ from luthier.models.structure import linears
 from luthier.options import option
 from luthier.tuning import residual
 from luthier.tuning.groups import Named, decay_groups
-from luthier.tuning.peft_options import peft_options
+from luthier.tuning.peft_options import Where, peft_options
 
 
 @peft_options
 @dataclass
-class Config(peft.LoraConfig):
+class Config(Where, peft.LoraConfig):
     """Options of LoRA; the rarer fields of `peft.LoraConfig` can be given too."""
 
     r: int = option(16, "rank of the update", ge=1)
@@ -64,6 +64,7 @@ class Config(peft.LoraConfig):
     loraplus_lr_ratio: float | None = option(None, "learning rate of B over that of A (LoRA+)", ge=1)
 
     def __post_init__(self) -> None:
+        self.require_where(self.target_modules)
         super().__post_init__()
         name = self.init_lora_weights
         known = ("gaussian", "orthogonal", "pissa", "olora")

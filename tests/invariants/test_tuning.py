@@ -29,6 +29,7 @@ OPTIONS = {
     "serial": {"bottleneck_dim": 8},
     "parallel": {"bottleneck_dim": 8},
 }
+    "kadaptation": {"phm_dim": 4},
 # Pairs that are refused in words.
 REFUSED = {("linear_probe", "t5"): "always ties its head"}
 CASES = [(name, kind) for name in METHODS for kind in MODELS if (name, kind) not in REFUSED]

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from rich.progress import Progress
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -151,7 +151,8 @@ def prove_gradients(model: nn.Module, seen: Mapping[str, float] | None = None) -
     """Finite gradients everywhere, and one that is not zero in every module that learns.
 
     A module is a tuner's layer or the owner of a parameter: of a LoRA pair one half starts at zero, so the
-    other half's first gradient is zero. Experts that no token was sent to have none.
+    other half's first gradient is zero. So may be that of what the layers of a tuner share, which stands
+    beside them. Experts that no token was sent to have none.
 
     Args:
         seen: the largest entry of gradients that are freed already, by the parameter's name.
@@ -161,6 +162,7 @@ def prove_gradients(model: nn.Module, seen: Mapping[str, float] | None = None) -
     """
     tuners = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     layers = set(tuners)
+    beside = {id(p) for m in model.modules() if isinstance(m, BaseTuner) for p in _beside_layers(m)}
     largest: dict[str, float] = {}
     infinite = []
     for name, parameter in model.named_parameters():
@@ -170,6 +172,8 @@ def prove_gradients(model: nn.Module, seen: Mapping[str, float] | None = None) -
         size = (seen or {}).get(name, 0.0) if gradient is None else gradient.detach().abs().max().item()
         if not math.isfinite(size):
             infinite.append(name)
+        if id(parameter) in beside:
+            continue
         owner = _owner(name, layers)
         largest[owner] = max(largest.get(owner, 0.0), size)
     checks.record(
@@ -191,6 +195,11 @@ def prove_gradients(model: nn.Module, seen: Mapping[str, float] | None = None) -
         f"none for {still[0]}" if still else "modules that learn",
         fix="These weights are not used by the loss: leave them out of what learns.",
     )
+
+
+def _beside_layers(tuner: BaseTuner) -> list[nn.Parameter]:
+    """The parameters of a tuner that stand in none of the model's layers."""
+    return [p for name, part in tuner.named_children() if name != "model" for p in part.parameters()]
 
 
 def _owner(name: str, tuners: set[str]) -> str:

@@ -48,6 +48,8 @@ class Method:
         path: place in the tree, such as 'tuning/lowrank/lora'; `name` is its last part.
         fault: why the file cannot be read, or ''. A broken file is listed, and refused when used.
         origin: 'luthier', or the entry point or file that brought it.
+        searches: its `Config` has a function `search`: it trains no weights but finds something for a model
+            that stays as it is (`luthier.tuning.search`).
     """
 
     path: str
@@ -60,6 +62,7 @@ class Method:
     doc: str = ""
     fault: str = ""
     origin: str = "luthier"
+    searches: bool = False
     family: str = field(default="", repr=False)
 
     @property
@@ -219,14 +222,28 @@ def _locate(spec: Any, module: str) -> Path | None:
 
 def _read(source: Path, module: str, origin: str, path: str) -> Method:
     try:
-        doc = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+        doc = ast.get_docstring(tree) or ""
     except (SyntaxError, UnicodeDecodeError) as error:
         return Method(path, source, module, fault=f"{type(error).__name__}: {error}", origin=origin)
     if not doc:
         return Method(path, source, module, fault="it has no docstring with title and paper", origin=origin)
     return Method(
-        path, source, module, title=doc.splitlines()[0].rstrip("."), doc=doc, origin=origin, **_marked(doc)
+        path,
+        source,
+        module,
+        title=doc.splitlines()[0].rstrip("."),
+        doc=doc,
+        origin=origin,
+        searches=_searches(tree),
+        **_marked(doc),
     )
+
+
+def _searches(tree: ast.Module) -> bool:
+    """Whether the class `Config` of a method file defines `search`."""
+    configs = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config"]
+    return any(isinstance(n, ast.FunctionDef) and n.name == "search" for c in configs for n in c.body)
 
 
 def _marked(doc: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ OPTIONS = {
     "linear_probe": {"untie_head": True},
     "gradual_unfreezing": {"unit": "step", "unfreeze_every": 2},
 }
-METHODS = [m.name for m in taxonomy.methods("tuning") if m.origin == "luthier"]
+METHODS = [m.name for m in taxonomy.methods("tuning") if m.origin == "luthier" and not m.searches]
 
 
 def rows(count=8):

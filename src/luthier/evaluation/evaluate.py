@@ -25,6 +25,7 @@ from luthier.evaluation.classification import binary_f1, class_counts, classify,
 from luthier.evaluation.generation import Answer, generate
 from luthier.evaluation.names import METRICS
 from luthier.evaluation.perplexity import perplexity, sequences
+from luthier.evaluation.text_prompt import TextPrompt
 from luthier.models import structure
 
 log = logging.getLogger("luthier.evaluation")
@@ -60,6 +61,7 @@ def evaluate(
     seed: int = 0,
     window: int | None = None,
     stride: int | None = None,
+    prompt: TextPrompt | str | Path | None = None,
 ) -> Evaluation:
     """Measure a model.
 
@@ -72,16 +74,19 @@ def evaluate(
         samples: use so many rows only, drawn with the seed.
         seed: of the rows drawn, of sampling and of the bootstrap.
         window, stride: of the perplexity of texts longer than the window, see `perplexity`.
+        prompt: a text prompt, or its file or folder; a language model classifies with it.
 
     Raises:
         MethodError: an unknown metric, or one that cannot be measured on this kind of model.
         DataError: rows that a metric cannot be measured on.
     """
     loaded = _sampled(data if isinstance(data, Loaded) else load(data), samples, seed)
-    _require_measurable(model, loaded, metrics)
+    if isinstance(prompt, str | Path):
+        prompt = TextPrompt.load(prompt)
+    _require_measurable("classification" if prompt is not None else structure.task(model), loaded, metrics)
     with fused(model):  # PEFT would copy every input of an adapter in bfloat16 to float32
         found = _measured(
-            model, loaded, metrics, tokenizer, batch_size, generation or {}, seed, window, stride
+            model, loaded, metrics, tokenizer, batch_size, generation or {}, seed, window, stride, prompt
         )
     for prediction, row in zip(found.predictions, loaded.records, strict=False):
         prediction["index"] = row["index"]
@@ -101,6 +106,7 @@ def _measured(
     seed: int,
     window: int | None,
     stride: int | None,
+    prompt: TextPrompt | None,
 ) -> Evaluation:
     found = Evaluation()
     if "perplexity" in metrics:
@@ -115,7 +121,11 @@ def _measured(
     if chosen := [name for name in metrics if name.startswith("multiple_choice")]:
         _score_choices(found, model, tokenizer, loaded, chosen, batch_size, seed)
     if classes := [name for name in metrics if METRICS[name].tasks == ("classification",)]:
-        _score_classes(found, model, tokenizer, loaded, classes, batch_size, seed)
+        if prompt is not None:
+            classified = prompt.classify(model, tokenizer, loaded, batch_size=batch_size)
+        else:
+            classified = classify(model, tokenizer, loaded, batch_size=batch_size)
+        _score_classes(found, loaded, classified, classes, seed)
     return found
 
 
@@ -127,8 +137,7 @@ def _sampled(loaded: Loaded, samples: int | None, seed: int) -> Loaded:
     return dataclasses.replace(loaded, records=[loaded.records[i] | {"index": i} for i in order])
 
 
-def _require_measurable(model: nn.Module, loaded: Loaded, metrics: Sequence[str]) -> None:
-    task = structure.task(model)
+def _require_measurable(task: str | None, loaded: Loaded, metrics: Sequence[str]) -> None:
     for name in metrics:
         if name not in METRICS:
             raise MethodError(f"There is no metric '{name}'.", fix=did_you_mean(name, METRICS))
@@ -286,14 +295,12 @@ _OF_CLASSES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"f1": macro_f1, "b
 
 def _score_classes(
     found: Evaluation,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
     loaded: Loaded,
+    classified: tuple[np.ndarray, np.ndarray, list[str]],
     metrics: list[str],
-    batch_size: int,
     seed: int,
 ) -> None:
-    predicted, wanted, names = classify(model, tokenizer, loaded, batch_size=batch_size)
+    predicted, wanted, names = classified
     right = (predicted == wanted).astype(float)
     counts = class_counts(predicted, wanted, len(names))
     if "binary_f1" in metrics and len(names) != 2:

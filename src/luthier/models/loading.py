@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -21,7 +22,7 @@ from transformers import (
 
 from luthier import checks
 from luthier.errors import ModelError, did_you_mean
-from luthier.models import gguf, keys, saving, sources, structure, tokens, vocabulary
+from luthier.models import gguf, keys, quantized, saving, sources, structure, tokens, vocabulary
 from luthier.models.placement import Placement, place
 from luthier.terminal import no_bars, no_peft_warnings
 from luthier.tuning import soft_prompts
@@ -33,6 +34,7 @@ AUTO: dict[str, Any] = {
     "causal": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
     "seq2seq": AutoModelForSeq2SeqLM,
+    "masked": AutoModelForMaskedLM,
 }
 
 
@@ -47,17 +49,20 @@ def load(
     num_labels: int | None = None,
     revision: str | None = None,
     train: bool = False,
+    quantization: str | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """The model and its tokenizer; for an adapter its base with the adapter on it.
 
     Args:
         name: alias, folder, GGUF file, adapter folder, folder of a run, or Hub id.
-        task: "causal", "classification" or "seq2seq".
+        task: "causal", "classification", "seq2seq" or "masked".
         dtype, device, attn: see `luthier.models.placement.place`.
         trust_remote_code: run the Python code that a Hub model brings. Off unless asked for.
         num_labels: size of a new classification head.
         revision: branch, tag or commit on the Hub.
         train: the loaded weights will learn: the adapter's if `name` is one, else the model's own.
+        quantization: hold the linear layers in 4 bits, frozen: "nf4", "nf4-dq", "fp4" or "fp4-dq" (see
+            `luthier.models.quantized`). An adapter's base is held as it was in training.
 
     Raises:
         ModelError: there is no such model, its files are damaged, or its weights do not fit.
@@ -68,12 +73,14 @@ def load(
     options: dict[str, Any] = {"task": task, "trust_remote_code": trust_remote_code, "num_labels": num_labels}
     if source.base is not None:
         base_options = options | {"dtype": dtype, "device": device, "attn": attn}
+        base_options["quantization"] = quantization
         return _load_adapter(source, base_options, revision=revision, train=train)
     where = place(dtype, device, attn, train=train)
     path = gguf.converted(source) if source.gguf_file else source.path
     if path is not None:
         saving.check_files(path)
     place_on_disk = str(path or source.hub_id)
+    options["quantization"] = quantization
     model = _load_model(source.name, place_on_disk, where, revision=revision, **options)
     known = source.name if source.kind in ("alias", "hub") else str(Path(source.name).expanduser().resolve())
     model.luthier_origin = {
@@ -82,6 +89,8 @@ def load(
         "fingerprint": saving.fingerprint(model),
         "rows": vocabulary.rows(model),
     }
+    if quantization is not None:
+        model.luthier_origin["quantization"] = quantization
     tokenizer = tokens.load(source.name, place_on_disk, trust_remote_code, revision)
     tokens.fit(model, tokenizer, task)
     model.luthier_template = tokenizer.chat_template
@@ -97,12 +106,16 @@ def _load_model(
     trust_remote_code: bool,
     num_labels: int | None,
     revision: str | None,
+    quantization: str | None,
 ) -> PreTrainedModel:
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     if revision is not None:
         options["revision"] = revision
     if where.device != "cpu":
         options["device_map"] = {"": where.device}
+    if quantization is not None:
+        options["quantization_config"] = quantized.config(quantization, where.dtype)
+        options["device_map"] = {"": where.device}  # left out, it would be the first GPU
     try:
         with no_bars():
             model, info = AUTO[task].from_pretrained(
@@ -119,6 +132,7 @@ def _load_model(
     except tokens.FAILURES as error:
         raise _explained(error, name, task) from error
     _require_all_keys(model, info, name, task)
+    quantized.settle(model)
     return model
 
 
@@ -190,9 +204,10 @@ def _load_adapter(
             f"Adapter '{source.name}' was trained for {trained_for}, not for {task}.",
             fix=f"Write task: {trained_for}.",
         )
-    labels = sources.record(path).get("id2label")
-    if labels:
+    record = sources.record(path)
+    if labels := record.get("id2label"):
         base_options["num_labels"] = len(labels)
+    base_options["quantization"] = base_options["quantization"] or sources.base_quantization(path)
     model, tokenizer = load(str(source.base), **base_options)
     if isinstance(model, PeftModel):
         raise ModelError(

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 import luthier
 from luthier import checks, files
 from luthier.errors import ModelError
-from luthier.models import sources, structure, tokens, vocabulary
+from luthier.models import quantized, sources, structure, tokens, vocabulary
 from luthier.resources import explain
 from luthier.terminal import no_bars
 from luthier.tuning import registration
@@ -41,6 +41,7 @@ AUTO_CLASSES = {
     "causal": "AutoModelForCausalLM",
     "classification": "AutoModelForSequenceClassification",
     "seq2seq": "AutoModelForSeq2SeqLM",
+    "masked": "AutoModelForMaskedLM",
     None: "AutoModel",
 }
 SCRIPT = Path(__file__).with_name("reload.py")
@@ -178,11 +179,14 @@ def _request(
         options["dtype"] = str(base.dtype).removeprefix("torch.")
         if structure.task(model) == "classification":
             options["num_labels"] = base.config.num_labels
+    kind = quantized.of(base)
+    held = quantized.config(kind, base.dtype).to_dict() if adapter and kind is not None else None
     return {
         "folder": str(folder),
         "base": base.name_or_path if adapter else str(folder),
         "rows": vocabulary.rows(model),
         "pad_token_id": getattr(base.config, "pad_token_id", None),
+        "quantization": held,
         "adapter": str(folder) if adapter else None,
         "ours": adapter and registration.is_ours(PeftConfig._get_peft_type(str(folder))),
         "class": AUTO_CLASSES[structure.task(model)] if remote else type(base).__name__,

@@ -20,6 +20,7 @@ CLASSES = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,  # the last: it lists encoder-decoders too
 }
 
 Group = tuple[str, list[tuple[str, nn.Parameter]]]
@@ -31,7 +32,7 @@ def base(model: nn.Module) -> PreTrainedModel:
 
 
 def task(model: nn.Module) -> str | None:
-    """ "causal", "classification" or "seq2seq" by the model's class; None for another, a bare trunk say."""
+    """The task by the model's class, one of `CLASSES`; None for another, a bare trunk say."""
     name = type(base(model)).__name__
     for kind, classes in CLASSES.items():
         if name in classes.values():

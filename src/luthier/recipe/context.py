@@ -19,6 +19,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from luthier.data import load as data
+from luthier.evaluation.text_prompt import TextPrompt
+from luthier.models import sources
 from luthier.models.loading import load, load_onto
 from luthier.models.placement import Placement, place
 from luthier.recipe.inputs import Upstream, model_input
@@ -213,14 +215,15 @@ class Context:
         self.placement = self._place(train=False)
         return self.models.get(self._state(self.upstream, train=False))
 
-    def lend(self, *, train: bool) -> tuple[Any, PreTrainedTokenizerBase]:
+    def lend(self, *, train: bool, quantization: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
         """The model as the stages before left it, to be changed.
 
         Args:
             train: the model's own weights will learn (they are then held in float32).
+            quantization: hold the base in 4 bits, as `luthier.load` does.
         """
         self.placement = self._place(train=train)
-        return self.models.lend(self._state(self.upstream, train=train))
+        return self.models.lend(self._state(self.upstream, train=train, quantization=quantization))
 
     def settle(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, output: Upstream, *, train: bool
@@ -228,11 +231,19 @@ class Context:
         """Hand the lent model back as the output of this stage, so that the next need not load it."""
         self.models.settle(model, tokenizer, self._state(output, train=train))
 
+    def prompt(self) -> TextPrompt | None:
+        """The text prompt that a search of the stages before found for the model."""
+        if self.upstream is None or not self.upstream.prompt:
+            return None
+        return TextPrompt.load(self.upstream.artefact)
+
     def _place(self, *, train: bool) -> Placement:
         spec = self.recipe.model
         return _placement(spec.dtype, spec.device, spec.attn, train)
 
-    def _state(self, upstream: Upstream | None, *, train: bool) -> State:
+    def _state(self, upstream: Upstream | None, *, train: bool, quantization: str | None = None) -> State:
+        if upstream is not None and upstream.prompt:
+            return self._state(upstream.base, train=train, quantization=quantization)
         spec = self.recipe.model
         task = spec.task or "causal"
         where = self._place(train=train)
@@ -245,7 +256,10 @@ class Context:
         }
         seed = base = None
         if upstream is not None and upstream.adapter:
-            base = self._state(upstream.base, train=False)
+            held = sources.base_quantization(upstream.artefact)
+            base = self._state(upstream.base, train=False, quantization=held)
+        if quantization is not None:
+            options["quantization"] = quantization
         if upstream is None:
             options["revision"] = spec.revision
             if task == "classification":

@@ -20,15 +20,17 @@ class Upstream:
     """The output of the last stage that changed the model, which the next stages read.
 
     Attributes:
-        artefact: its `model/` or `adapter/` folder.
+        artefact: its `model/`, `adapter/` or `prompt/` folder.
         sha256: `Manifest.output_hash()` of that stage.
-        adapter: the artefact is an adapter. It stands on `base`; None is the recipe's model.
+        adapter, prompt: the artefact is an adapter, or a text prompt, which changes no weights. It stands on
+            `base`; None is the recipe's model.
     """
 
     artefact: Path
     sha256: str
     adapter: bool
     base: "Upstream | None" = None
+    prompt: bool = False
 
 
 def stage_identity(recipe: Recipe, stage: Stage, upstream: Upstream | None) -> dict[str, Any]:

@@ -170,7 +170,7 @@ class Session:
     has_checkpoint: bool
 
 
-def record_artefacts(folder: Path, names: tuple[str, ...] = ("model", "adapter")) -> files.Listing:
+def record_artefacts(folder: Path, names: tuple[str, ...] = ("model", "adapter", "prompt")) -> files.Listing:
     """The files in the artefact folders of `folder`, with size and checksum."""
     return files.listing(folder, (path for name in names for path in (folder / name).rglob("*")))
 

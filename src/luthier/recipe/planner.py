@@ -22,7 +22,7 @@ from luthier.evaluation.generation import MAX_NEW_TOKENS
 from luthier.evaluation.likelihood import BLOCK
 from luthier.evaluation.names import METRICS
 from luthier.evaluation.perplexity import WINDOW
-from luthier.models import sources, structure
+from luthier.models import quantized, sources, structure
 from luthier.models.placement import Placement, place
 from luthier.recipe import footprint, leakage, machine
 from luthier.recipe.arguments import training_arguments
@@ -32,6 +32,7 @@ from luthier.recipe.survey import Amount, amount
 from luthier.resources import resident_memory, show_bytes
 from luthier.tuning.attach import trainable as trained
 from luthier.tuning.merge import require_mergeable
+from luthier.tuning.search import HELD_OUT
 
 # Bytes of optimizer state for each trained parameter, by the beginning of `training.optim`.
 _STATE = {
@@ -259,7 +260,7 @@ class _Base:
 def _stage(base: _Base, index: int) -> StagePlan:
     stage = base.recipe.stages[index]
     if isinstance(stage, TuneStage):
-        return _tune(base, stage)
+        return _search(base, stage) if stage.searches else _tune(base, stage)
     tuned = next((s for s in reversed(base.recipe.stages[:index]) if isinstance(s, TuneStage)), None)
     if isinstance(stage, EvaluateStage):
         return _evaluate(base, stage, tuned)
@@ -291,6 +292,8 @@ def _tune(base: _Base, stage: TuneStage) -> StagePlan:
     model = footprint.attach(base.model(placement), method)
     trainable, total = trained(model)
     weights, added, _ = footprint.sizes(model)
+    if hasattr(method, "quantization"):
+        weights -= quantized.saved(structure.base(model), method.quantization)
     batch = _Batch.of(stage, base.amount(stage))
     checkpointing = bool(
         _argument(stage, "gradient_checkpointing") or _argument(stage, "activation_checkpointing")
@@ -324,6 +327,31 @@ def _tune(base: _Base, stage: TuneStage) -> StagePlan:
         disk_bytes=artefact + _checkpoints(stage, artefact, state),
         artefact_bytes=artefact,
         detail=f"{batch.steps} steps of {batch.rows * accumulation} x {batch.fill * batch.length:.0f} tokens",
+    )
+
+
+def _search(base: _Base, stage: TuneStage) -> StagePlan:
+    """A search trains nothing: texts go through the model, and gradients back through one batch at a time."""
+    placement = base.placement(train=False)
+    model = base.model(placement)
+    weights, _, _ = footprint.sizes(model)
+    parameters = sum(p.numel() for p in model.parameters())
+    method = stage.method.method(**stage.method.options)
+    data = base.amount(stage)
+    count = method.rows_scored(len(data), round(HELD_OUT * len(data)))
+    tokens = min(method.batch_size, len(data)) * data.quantile(1)
+    kept = tokens * _width(model.config) * placement.dtype.itemsize * len(structure.blocks(model))
+    logits = method.batch_size * model.config.vocab_size * 8
+    speed = machine.product_speed(placement.dtype, placement.device)
+    return StagePlan(
+        stage.name,
+        stage.kind,
+        Memory(weights=weights, activations=kept, logits=logits, runtime=machine.RUNTIME),
+        trainable=0,
+        total=parameters,
+        seconds=machine.START + 2 * parameters * count * data.tokens / len(data) / speed,
+        disk_bytes=1 << 20,
+        detail=f"{count} texts",
     )
 
 

@@ -79,7 +79,7 @@ class StageRun:
 
     @property
     def artefact(self) -> Path | None:
-        """Its `model/` or `adapter/` folder."""
+        """Its `model/`, `adapter/` or `prompt/` folder."""
         return _artefact(self.folder)
 
 
@@ -496,7 +496,7 @@ def _manifest(folder: Path) -> Manifest:
 
 
 def _artefact(folder: Path) -> Path | None:
-    return next((folder / name for name in ("model", "adapter") if (folder / name).is_dir()), None)
+    return next((folder / name for name in ("model", "adapter", "prompt") if (folder / name).is_dir()), None)
 
 
 def _upstream(place: Path, final: Path, before: Upstream | None) -> Upstream | None:
@@ -508,8 +508,11 @@ def _upstream(place: Path, final: Path, before: Upstream | None) -> Upstream | N
     artefact = _artefact(place)
     if artefact is None:
         return before
-    adapter = artefact.name == "adapter"
     sha256 = _manifest(place).output_hash()
+    if artefact.name == "prompt":  # of two searches the last one counts
+        base = before.base if before is not None and before.prompt else before
+        return Upstream(final / artefact.name, sha256, adapter=False, base=base, prompt=True)
+    adapter = artefact.name == "adapter"
     return Upstream(final / artefact.name, sha256, adapter, base=before if adapter else None)
 
 

@@ -36,7 +36,7 @@ from luthier.models.names import attention_fault, device_fault
 from luthier.options import Option
 from luthier.recipe.arguments import generation_fault, training_fault, training_schema
 
-Task = Literal["causal", "classification", "seq2seq"]
+Task = Literal["causal", "classification", "seq2seq", "masked"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 # Objectives that decide the kind of model; all others train a causal language model.
@@ -269,8 +269,14 @@ class TuneStage(Stage):
             raise faults([((key,), *text) for key, text in found if text], "training")
         return training
 
+    @property
+    def searches(self) -> bool:
+        """Whether it finds a text prompt for the model instead of training it."""
+        return self.method.method.searches
+
     def summary(self) -> str:
-        return f"{self.method} by {self.objective} on {self.data.path}"
+        by = "" if self.searches else f" by {self.objective}"
+        return f"{self.method}{by} on {self.data.path}"
 
 
 class EvaluateStage(Stage):
@@ -470,8 +476,10 @@ class Recipe(Strict):
 def implied_task(stages: Sequence[Stage | None]) -> Task:
     """The kind of model that the first objective trains; without one, the kind that the metrics need."""
     for stage in stages:
-        if isinstance(stage, TuneStage):
+        if isinstance(stage, TuneStage) and not stage.searches:
             return TASK_OF_OBJECTIVE.get(stage.objective.method.name, "causal")
+    if any(isinstance(stage, TuneStage) for stage in stages):
+        return "causal"
     measured = [name for stage in stages if isinstance(stage, EvaluateStage) for name in stage.metrics]
     return (
         "classification" if any(METRICS[name].tasks == ("classification",) for name in measured) else "causal"
@@ -479,7 +487,7 @@ def implied_task(stages: Sequence[Stage | None]) -> Task:
 
 
 def is_adapter(method: MethodSpec) -> bool:
-    """Whether a tuning method adds parameters to the model's own: they can be saved alone or merged."""
+    """Whether a tuning method leaves the model's own weights as they are: what it learns stands apart."""
     return method.method.path.split("/")[1] != "partial"
 
 

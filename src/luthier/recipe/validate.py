@@ -60,6 +60,7 @@ def problems(draft: Draft) -> list[Problem]:
     """Everything that is wrong with a recipe whose parts are well formed, in the order of the file."""
     found = list(_model(draft))
     found += _names(draft)
+    found += _order(draft)
     for place, stage in draft:
         if isinstance(stage, TuneStage):
             found += _tune(draft, place, stage)
@@ -104,6 +105,17 @@ def _model(draft: Draft) -> Iterator[Problem]:
         )
 
 
+def _order(draft: Draft) -> Iterator[Problem]:
+    """A prompt is found for the model as it is: what changes or writes the model comes before a search."""
+    search = ""
+    for place, stage in draft:
+        if isinstance(stage, TuneStage) and stage.searches:
+            search = stage.method.name
+        elif search and not isinstance(stage, EvaluateStage):
+            what = f"a stage '{stage.kind}' cannot follow {search}: its prompt is no part of the model"
+            yield place, what, "Put it before the search."
+
+
 def _names(draft: Draft) -> Iterator[Problem]:
     given: dict[str, str] = {}
     for place, stage in draft:
@@ -117,6 +129,9 @@ def _names(draft: Draft) -> Iterator[Problem]:
 
 
 def _tune(draft: Draft, place: tuple[str | int, ...], stage: TuneStage) -> Iterator[Problem]:
+    if stage.searches:
+        yield from _search(draft, place, stage)
+        return
     objective = stage.objective.method.name
     task = TASK_OF_OBJECTIVE.get(objective, "causal")
     if task != draft.task:
@@ -151,6 +166,19 @@ def _tune(draft: Draft, place: tuple[str | int, ...], stage: TuneStage) -> Itera
         yield (*place, "training", "fp16"), "bf16 and fp16 exclude each other", "Keep one."
 
 
+def _search(draft: Draft, place: tuple[str | int, ...], stage: TuneStage) -> Iterator[Problem]:
+    name = stage.method.name
+    if draft.task == "classification":
+        fix = "Write model: {name: ..., task: causal} (or masked, seq2seq)."
+        yield ("model",), f"{name} reads the words of a language model, and the model is a classifier", fix
+    for key in ("objective", "training"):
+        if key in stage.model_fields_set:
+            fix = "Leave it out; the options of the search stand under method."
+            yield (*place, key), f"{key} has no effect: {name} searches and trains nothing", fix
+    yield from _data(draft, (*place, "data"), stage.data)
+    yield from _data(draft, (*place, "eval_data"), stage.eval_data)
+
+
 def _method(place: tuple[str | int, ...], stage: TuneStage) -> Iterator[Problem]:
     """Options of tuning methods that exclude each other, or settings of the training."""
     options, training = stage.method.options, stage.training
@@ -174,13 +202,20 @@ def _method(place: tuple[str | int, ...], stage: TuneStage) -> Iterator[Problem]
 
 def _evaluate(draft: Draft, place: tuple[str | int, ...], stage: EvaluateStage) -> Iterator[Problem]:
     yield from _data(draft, (*place, "data"), stage.data)
+    before = draft.stages[: int(place[1])]
+    # With a text prompt any language model classifies.
+    prompted = any(isinstance(s, TuneStage) and s.searches for s in before)
+    task = "classification" if prompted else draft.task
     for index, name in enumerate(stage.metrics):
-        if draft.task not in METRICS[name].tasks:
-            fitting = [other for other, metric in METRICS.items() if draft.task in metric.tasks]
+        if task not in METRICS[name].tasks:
+            fitting = [other for other, metric in METRICS.items() if task in metric.tasks]
+            kind = "model with a text prompt" if prompted else f"{task} model"
             yield (
                 (*place, "metrics", index),
-                f"{name} cannot be measured on a {draft.task} model",
-                f"Metrics for it: {', '.join(fitting)}.",
+                f"{name} cannot be measured on a {kind}",
+                f"Metrics for it: {', '.join(fitting)}."
+                if fitting
+                else "Search a text prompt for it first (method: autoprompt).",
             )
     for name in stage.expect:
         if name not in stage.metrics:

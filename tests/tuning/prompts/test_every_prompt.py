@@ -24,7 +24,7 @@ from luthier.recipe import footprint
 from luthier.tuning.attach import attach, trainable
 from luthier.tuning.soft_prompts import get_own_names
 
-METHODS = [m.name for m in taxonomy.methods("tuning/prompts") if m.origin == "luthier"]
+METHODS = [m.name for m in taxonomy.methods("tuning/prompts") if m.origin == "luthier" and not m.searches]
 MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2, "bert": tiny.bert, "t5": tiny.t5}
 TASKS = {"llama": "causal", "gpt2": "causal", "bert": "classification", "t5": "seq2seq"}
 OPTIONS: dict[str, dict] = {

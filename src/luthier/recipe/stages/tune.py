@@ -1,4 +1,4 @@
-"""Train the model with a method and an objective; an interrupted stage goes on from its last checkpoint."""
+"""Train the model with a method and an objective, or search a prompt for it; an interrupted stage goes on."""
 
 import logging
 from pathlib import Path
@@ -23,13 +23,15 @@ log = logging.getLogger("luthier.recipe")
 
 
 def run(stage: TuneStage, context: Context) -> StageResult:
-    """`adapter/` or `model/`: what was trained, with the tokenizer.
+    """`adapter/` or `model/`: what was trained, with the tokenizer; `prompt/`: what a search found.
 
     Raises:
         RecipeError: the stages before left an adapter, on which no second method can stand.
         TrainingError: the training must not go on; its last good checkpoint is kept.
         KeyboardInterrupt: it was stopped by Ctrl-C, after a checkpoint.
     """
+    if stage.searches:
+        return _search(stage, context)
     if context.upstream is not None and context.upstream.adapter:
         raise RecipeError(
             f"Stage '{stage.name}' tunes a model that carries an adapter already.",
@@ -39,7 +41,7 @@ def run(stage: TuneStage, context: Context) -> StageResult:
     objective = stage.objective.method(**stage.objective.options)
     learns = not is_adapter(stage.method)
     data, held_out = stage_data(stage, context.work)
-    model, tokenizer = context.lend(train=learns)
+    model, tokenizer = context.lend(train=learns, quantization=getattr(method, "quantization", None))
     checkpoints = context.work / "checkpoints"
     trainer = make_trainer(
         objective,
@@ -69,6 +71,29 @@ def run(stage: TuneStage, context: Context) -> StageResult:
         trainable=learning,
         total=total,
         left=(model, tokenizer, learns),
+    )
+
+
+def _search(stage: TuneStage, context: Context) -> StageResult:
+    data, held_out = stage_data(stage, context.work)
+    model, tokenizer = context.model()
+    found = stage.method.method(**stage.method.options).search(
+        model,
+        tokenizer,
+        data,
+        eval_data=held_out,
+        seed=context.recipe.seed,
+        folder=context.work / "checkpoints",
+    )
+    found.save(context.work / "prompt")
+    names = {"data": data} if held_out is None else {"data": data, "eval_data": held_out}
+    return StageResult(
+        metrics=found.scores,
+        history=found.history,
+        details={name: loaded.report.as_dict() for name, loaded in names.items()}
+        | {"templates": found.templates, "labels": found.labels},
+        trainable=0,
+        total=trainable(model)[1],
     )
 
 

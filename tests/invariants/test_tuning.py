@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import fused_sources
 import pytest
 import small_training as training
 import tiny
@@ -28,15 +29,18 @@ OPTIONS = {
     "gradual_unfreezing": {"unit": "step", "groups_per_stage": 2},
     "serial": {"bottleneck_dim": 8},
     "parallel": {"bottleneck_dim": 8},
-}
     "kadaptation": {"phm_dim": 4},
+}
+# Options that depend on the model.
+MADE_FOR = {"fusion": lambda build: {"adapters": fused_sources.pfeiffer(build)}}
 # Pairs that are refused in words.
 REFUSED = {("linear_probe", "t5"): "always ties its head"}
 CASES = [(name, kind) for name in METHODS for kind in MODELS if (name, kind) not in REFUSED]
 
 
-def config(name):
-    return taxonomy.find(name)(**OPTIONS.get(name, {}))
+def config(name, kind=None):
+    made = {} if kind is None or name not in MADE_FOR else MADE_FOR[name](MODELS[kind])
+    return taxonomy.find(name)(**OPTIONS.get(name, {}), **made)
 
 
 # Methods that put something on the model; the others choose among its own weights.
@@ -63,7 +67,7 @@ def starts_as_base(name):
 
 def attached(name, kind):
     torch.manual_seed(0)
-    return attach(MODELS[kind](), config(name))
+    return attach(MODELS[kind](), config(name, kind))
 
 
 def is_adapter(model):
@@ -87,6 +91,7 @@ def test_a_pair_that_cannot_work_is_refused_in_words(name, kind):
 def test_starts_as_the_base_and_says_what_learns(name, kind):
     base = MODELS[kind]()
     before = training.logits(base)
+    config(name, kind)  # what it is made of leaves lines of its own
     with checks.collect() as lines:
         model = attached(name, kind)
     found = {line.name: line for line in lines}
@@ -233,7 +238,7 @@ def test_resumed_equals_straight(name, kind, tmp_path):
 @over((name, kind) for name, kind in CASES if kind in ("llama", "t5"))
 def test_runs_in_bfloat16(name, kind, tmp_path):
     torch.manual_seed(0)
-    model = attach(MODELS[kind]().to(torch.bfloat16), config(name))
+    model = attach(MODELS[kind]().to(torch.bfloat16), config(name, kind))
     before = training.weights(model)
     training.train(model, tmp_path)
     assert any(not torch.equal(before[n], p) for n, p in model.named_parameters() if p.requires_grad)

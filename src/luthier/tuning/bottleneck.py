@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from luthier.errors import MethodError
+from luthier.models import structure
 from luthier.tuning import places
 from luthier.tuning.feed_forward import features
 from luthier.tuning.places import SubLayer
@@ -97,6 +98,10 @@ class PlacedConfig(DeltaConfig):
     def change(self, place: Place) -> Delta:
         """The adapter at a place."""
         raise NotImplementedError
+
+    def why_not_alone(self) -> str:
+        """What else belongs to the adapter than its changes of hidden states, or ''."""
+        return ""
 
 
 class Bottleneck(Delta):
@@ -233,8 +238,8 @@ class PlacedTuner(DeltaTuner):
         """Of the model as it was before its first adapter."""
         if self._anatomy is None:
             found = places.sub_layers(self.model)
-            linears = {name for s in found for name in (s.first, s.last)}
-            sizes = {name: features(self.model.get_submodule(name), name) for name in linears}
+            linears = structure.linears(self.model, with_head=True)
+            sizes = {name: features(layer, name) for name, layer in linears.items()}
             self._anatomy = Anatomy(found, places.norms(self.model), sizes)
         return self._anatomy
 
@@ -268,7 +273,13 @@ class PlacedTuner(DeltaTuner):
 
     def make_delta(self, config: Any, layer: DeltaLayer, name: str, adapter: str) -> Delta:
         place = self._places[name]
+        inside = None if place.role == "norm" else self.change(config, name, place)
         if not issubclass(place.layer, NormLayer):
-            return config.change(place)
-        inside = None if place.role == "norm" else config.change(place)
+            assert inside is not None
+            return inside
         return NormChange(layer.get_base_layer() if place.norm else None, inside)
+
+    def change(self, config: Any, name: str, place: Place) -> Delta:
+        """The adapter at the module called `name`."""
+        made: Delta = config.change(place)
+        return made

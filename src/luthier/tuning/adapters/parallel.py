@@ -104,6 +104,9 @@ class Config(PlacedConfig):
         wanted = range(count) if self.layers_to_transform is None else self.layers_to_transform
         return [wanted] if isinstance(wanted, int) else wanted
 
+    def why_not_alone(self) -> str:
+        return "it has a prefix in attention" if self.prefix_length else ""
+
     def places(self, anatomy: Anatomy) -> dict[str, Place]:
         found = {}
         for sub in self.chosen(anatomy):

@@ -97,6 +97,11 @@ class Config(PlacedConfig):
     def starts_as_base(self) -> bool:
         return self.init == "zero"
 
+    def why_not_alone(self) -> str:
+        return (
+            "its LayerNorms learnt too (train it with train_layernorm: false)" if self.train_layernorm else ""
+        )
+
     def places(self, anatomy: Anatomy) -> dict[str, Place]:
         found = {}
         for sub in self.chosen(anatomy):

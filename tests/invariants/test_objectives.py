@@ -16,6 +16,7 @@ OPTIONS = {
     "linear_probe": {"untie_head": True},
     "gradual_unfreezing": {"unit": "step", "groups_per_stage": 4},
     "serial": {"bottleneck_dim": 8},
+    "kadaptation": {"phm_dim": 4},
 }
 # Rows of each objective, and a model for it.
 TEXT = [{"text": f"Order {i} arrived on Monday, but the box was empty."} for i in range(8)]

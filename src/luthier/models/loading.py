@@ -114,7 +114,7 @@ def _load_model(
     if where.device != "cpu":
         options["device_map"] = {"": where.device}
     if quantization is not None:
-        options["quantization_config"] = quantized.config(quantization, where.dtype)
+        options["quantization_config"] = quantized.config(quantization, task, where.dtype)
         options["device_map"] = {"": where.device}  # left out, it would be the first GPU
     try:
         with no_bars():

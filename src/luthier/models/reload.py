@@ -21,7 +21,14 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 def load_model(request: dict[str, Any]) -> Any:
     """The whole model in the folder, or its base with the adapter in the folder on it."""
-    base = getattr(transformers, request["class"]).from_pretrained(request["base"], **request["options"])
+    options = dict(request["options"])
+    if request["quantization"] is not None:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**request["quantization"])
+        options["device_map"] = {"": request["device"]}
+    base = getattr(transformers, request["class"]).from_pretrained(request["base"], **options)
+    for layer in base.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # it would compute in bfloat16 whatever the dtype
+            layer.support_avx512bf16_for_cpu = False
     if request["adapter"] is None:
         return base.to(request["device"]).eval()
     from peft import PeftModel

@@ -179,8 +179,7 @@ def _request(
         options["dtype"] = str(base.dtype).removeprefix("torch.")
         if structure.task(model) == "classification":
             options["num_labels"] = base.config.num_labels
-    kind = quantized.of(base)
-    held = quantized.config(kind, base.dtype).to_dict() if adapter and kind is not None else None
+    held = base.config.quantization_config.to_dict() if quantized.of(base) is not None else None
     return {
         "folder": str(folder),
         "base": base.name_or_path if adapter else str(folder),

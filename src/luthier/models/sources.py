@@ -104,6 +104,12 @@ def record(folder: Path) -> dict[str, Any]:
     return _read(path) if path.is_file() else {}
 
 
+def base_quantization(folder: Path) -> str | None:
+    """How the base of the adapter in a folder was held in training; None for plain weights."""
+    found: str | None = record(folder).get("base", {}).get("quantization")
+    return found
+
+
 def _alias(name: str) -> Source:
     alias = ALIASES[name]
     spec = importlib.util.find_spec(alias.package)

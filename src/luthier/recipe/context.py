@@ -123,7 +123,8 @@ class Models:
         if not hasattr(self._model.base_model, "unload"):
             return False
         model = self._model.base_model.unload()
-        model.requires_grad_(True)
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())  # weights in 4 bits cannot
         if not (base.put_back(model) and base.holds(model)):
             log.warning("the base model was changed by the stage before; it is loaded again")
             return False

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier import checks
 from luthier.errors import LuthierError, MethodError, did_you_mean
+from luthier.models.quantized import count
 from luthier.models.structure import blocks, linears, match_targets
 from luthier.terminal import no_peft_warnings
 from luthier.tuning.probe import distance, probe_logits
@@ -63,6 +64,11 @@ def attach(model: nn.Module, config: Any) -> nn.Module:
         model = adapt(model, config)
         exact = not is_prompt(config) and getattr(config, "starts_as_base", True)
     elif hasattr(config, "apply"):
+        if getattr(model, "is_quantized", False):
+            raise MethodError(
+                "The weights of a quantised model cannot learn.",
+                fix="Choose a method that adds some of its own, such as qlora.",
+            )
         model = config.apply(model)
         model.luthier_tuning = config
         exact = True
@@ -94,7 +100,7 @@ def is_prompt(config: PeftConfig) -> bool:
 
 def trainable(model: nn.Module) -> tuple[int, int]:
     """Number of parameters that learn, and of all; tied parameters count once."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    sizes = [(count(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes)
 
 
@@ -115,7 +121,7 @@ def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
         MethodError: a pattern matches nothing, or the method cannot be put on this model.
     """
     _check_options(model, config)
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(count(p) for p in model.parameters())
     if config.task_type is None:
         config.task_type = task_type(model)
     patterns = _check_patterns(model, config)
@@ -231,7 +237,7 @@ def _report_coverage(
         detail = f"in {_blocks_reached(model)} of {len(blocks(model))} blocks"
         checks.record("before", "places adapted", bool(layers), len(layers), "> 0", detail)
         return
-    adapted = {id(p): p.numel() for layer in layers for p in layer.get_base_layer().parameters()}
+    adapted = {id(p): count(p) for layer in layers for p in layer.get_base_layer().parameters()}
     experts = expert_parameters(model)
     # A wrapper of one stacked parameter holds its neighbours too: count what is named, not what is held.
     reached = {name.rsplit(".", 1)[-1] for name in getattr(model, "targeted_parameter_names", [])}

@@ -12,6 +12,7 @@ The change is what merging adds to the weight, so it is right for DoRA too, whos
 import logging
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -22,10 +23,12 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier import checks
 from luthier.errors import MethodError
+from luthier.models.quantized import is_4bit
 from luthier.terminal import track
-from luthier.tuning.lora_factors import unit_config
+from luthier.tuning.lora_factors import FactorVariant, unit_config
 from luthier.tuning.merge import require_mergeable
 from luthier.tuning.probe import distance, probe_logits
+from luthier.tuning.tuner import DeltaLayer
 
 log = logging.getLogger("luthier.tuning")
 
@@ -101,6 +104,8 @@ def change(layer: BaseTunerLayer, adapter: str, name: str = "the layer") -> Tens
         MethodError: the layer is not linear.
     """
     base = layer.get_base_layer()
+    if is_4bit(base):
+        return _change_in_4_bits(layer, adapter, name)
     if not isinstance(base, nn.Linear | Conv1D):
         raise MethodError(
             f"The adapter changes '{name}', a {type(base).__name__}; a LoRA is made of linear layers only.",
@@ -123,6 +128,20 @@ def change(layer: BaseTunerLayer, adapter: str, name: str = "the layer") -> Tens
             fix="Merge it into the model instead (export: {format: safetensors}).",
         )
     return added.T if isinstance(base, Conv1D) else added
+
+
+def _change_in_4_bits(layer: Any, adapter: str, name: str) -> Tensor:
+    """`change` on a weight that cannot be merged into: the change by its own formula."""
+    variant = getattr(layer, "lora_variant", {}).get(adapter)
+    of_weight = variant is not None and not isinstance(variant, FactorVariant)
+    biased = isinstance(layer, DeltaLayer) and layer.deltas[adapter].bias() is not None
+    if of_weight or biased:
+        raise MethodError(
+            f"The change of '{name}' depends on its weight or adds to its bias, and is no LoRA in 4 bits.",
+            fix="Merge it into the model instead (export: {format: safetensors}).",
+        )
+    delta: Tensor = layer.get_delta_weight(adapter)
+    return delta.float()
 
 
 def factorise(matrix: Tensor, rank: int | float) -> Factors:

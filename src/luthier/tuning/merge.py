@@ -7,17 +7,20 @@ storage is split and the config says so. Plain PEFT adds a tied adapter twice an
 untied one (huggingface/peft#2777).
 """
 
+import copy
 import warnings
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.merge_utils import dare_linear, dare_ties, task_arithmetic, ties
 from torch import nn
 
 from luthier import checks
 from luthier.errors import CheckError, MethodError, did_you_mean
+from luthier.models import quantized
+from luthier.terminal import no_peft_warnings
 from luthier.tuning.attach import is_prompt, tuning_of
 from luthier.tuning.groups import require_untieable
 from luthier.tuning.probe import distance, probe_logits
@@ -33,6 +36,7 @@ EXACT = 1e-3
 ROUNDED = 0.1
 # An error below this share of the logits is fp32 arithmetic, however small the adapter's effect.
 NOISE = 1e-5
+HALF_NOISE = 1e-2  # of bfloat16
 
 
 def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -52,6 +56,7 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         return model
     require_mergeable(model)
     title = _title(tuning_of(model))
+    model = _on_plain_base(model)
     own = _to_float32(model)
     adapted = probe_logits(model)
     base = _base_logits(model)
@@ -203,13 +208,43 @@ def require_mergeable(model: PeftModel) -> None:
     """Raise MethodError, with the reason, where the adapter is no change of the weights at hand."""
     if is_prompt(model.peft_config[model.active_adapter]):
         raise MethodError("A prompt is no change of weights; it cannot be merged.", fix="Export the adapter.")
-    if getattr(model.get_base_model(), "is_quantized", False):
+    # A base in 4 bits is made plain first.
+    if getattr(model.get_base_model(), "is_quantized", False) and quantized.of(model) is None:
         raise MethodError(
             "The base is quantised: merging would round most of the adapter away.",
             fix="Load the base in its original precision with the adapter, and merge there.",
         )
     if isinstance(model.base_model, DeltaTuner):
         model.base_model.require_mergeable()
+
+
+def _on_plain_base(model: PeftModel) -> PeftModel:
+    """The active adapter on the base with plain weights, where it is held in 4 bits; else the model itself.
+
+    Raises:
+        CheckError: the model then computes something else.
+    """
+    if quantized.of(model) is None:
+        return model
+    expected, adapter = probe_logits(model), model.active_adapter
+    config = copy.deepcopy(model.peft_config[adapter])
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    plain = quantized.dequantize(model.unload())
+    with no_peft_warnings():
+        found = get_peft_model(plain, config, adapter_name=adapter)
+    set_peft_model_state_dict(found, state, adapter_name=adapter)
+    error = distance(probe_logits(found), expected)
+    tolerance = NOISE if plain.dtype == torch.float32 else HALF_NOISE
+    checks.record(
+        "merge",
+        "dequantised = in 4 bits",
+        error <= tolerance,
+        error,
+        tolerance,
+        "logits on a probe, relative to those of the model that was trained",
+        fix="Keep the adapter separate (export: {format: adapter}).",
+    )
+    return found
 
 
 def _split_shared(model: PeftModel) -> list[list[str]]:

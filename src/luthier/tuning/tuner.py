@@ -51,6 +51,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import MethodError
+from luthier.models.quantized import is_4bit
 from luthier.tuning.feed_forward import features, feed_forwards
 from luthier.tuning.peft_options import Where
 from luthier.tuning.registration import registered_type
@@ -186,7 +187,8 @@ class DeltaLinear(DeltaLayer):
             return super().why_unmergeable(adapter)
         base = self.get_base_layer()
         plain = isinstance(base, nn.Linear | Conv1D) and type(base.weight) is nn.Parameter
-        if not plain or base.weight.dtype not in (*HALF, torch.float32, torch.float64):
+        plain = plain and base.weight.dtype in (*HALF, torch.float32, torch.float64)
+        if not plain and not is_4bit(base):
             return f"the weight of {type(base).__name__} is quantised or sharded, not a plain matrix"
         if self.deltas[adapter].bias() is not None and base.bias is None:
             return f"it learns a bias, which the {type(base).__name__} has no place for"
@@ -205,6 +207,11 @@ class DeltaLinear(DeltaLayer):
             ValueError: `safe_merge`, and the result is not finite.
         """
         super().merge(safe_merge, adapter_names)
+        if is_4bit(self.get_base_layer()):
+            raise MethodError(
+                "The weights of the base are held in 4 bits: the change would be rounded away.",
+                fix="Merge with luthier.tuning.merge.merge, which makes them plain first.",
+            )
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.deltas]
         self._add(names, 1, safe_merge)
         self.merged_adapters.extend(names)

@@ -70,6 +70,19 @@ def test_evaluations_measure_with_the_prompt_that_was_found_last(folder, kind):
     assert [s.status for s in run(path).stages] == ["unchanged"] * 4
 
 
+def test_a_prompt_from_elsewhere_is_measured_and_a_change_of_it_seen(folder):
+    prompt = TextPrompt({"{text} overall {mask}": 1.0}, toy.LABELS)
+    prompt.save(folder / "mine")
+    path = recipe(folder, EVALUATE.replace("}", ", prompt: mine}"), name="mine")
+    first = run(path)
+    assert first.metrics["accuracy"]["value"] >= 0.9
+    assert run(path).stages[0].status == "unchanged"
+    TextPrompt({"{text} colour {mask}": 1.0}, toy.LABELS).save(folder / "mine")
+    again = run(path)
+    assert "prompt changed" in again.stages[0].reason
+    assert again.metrics["accuracy"]["value"] < 0.9
+
+
 def test_an_interrupted_search_goes_on(folder, monkeypatch):
     straight = run(recipe(folder, FULL, name="straight"))
     path, step, seen = recipe(folder, FULL, name="cut"), autoprompt._Search._step, []
@@ -97,6 +110,7 @@ def test_the_plan_knows_that_nothing_is_trained(folder):
 
 
 REFUSED = {
+    "there is no text prompt none": [EVALUATE.replace("}", ", prompt: none}")],
     "cannot follow autoprompt": [FULL, "export: {format: safetensors}"],
     "objective has no effect": [FULL[:-1] + ", objective: pretrain}"],
     "training has no effect": [FULL[:-1] + ", training: {max_steps: 3}}"],

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+PROMPT_FILE = "prompt.json"  # of a text prompt (`luthier.evaluation.text_prompt`) in its folder
+
 
 @dataclass(frozen=True)
 class MetricName:

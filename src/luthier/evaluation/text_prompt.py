@@ -21,9 +21,9 @@ from luthier import checks
 from luthier.data.load import Loaded
 from luthier.errors import DataError, ModelError, did_you_mean
 from luthier.evaluation.cloze import How, Scorer, Template, label_scores
+from luthier.evaluation.names import PROMPT_FILE
 from luthier.models import saving, structure
 
-FILE = "prompt.json"
 FORMAT = 1
 
 
@@ -55,7 +55,7 @@ class TextPrompt:
             ModelError: it is not there, or no text prompt.
         """
         path = Path(path)
-        path = path / FILE if path.is_dir() else path
+        path = path / PROMPT_FILE if path.is_dir() else path
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             if record.pop("format") != FORMAT:
@@ -73,8 +73,8 @@ class TextPrompt:
         text = json.dumps(record, indent=1, ensure_ascii=False)
         # A line for each step.
         text = text.replace('\n "history": []', f'\n "history": [{lines}]')
-        (folder / FILE).write_text(text + "\n", encoding="utf-8")
-        return folder / FILE
+        (folder / PROMPT_FILE).write_text(text + "\n", encoding="utf-8")
+        return folder / PROMPT_FILE
 
     def made_for(self, model: nn.Module) -> "TextPrompt":
         """Note the model."""

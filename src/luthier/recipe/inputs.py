@@ -7,9 +7,10 @@ from typing import Any
 from luthier.data.reading import files, resolve
 from luthier.data.spec import DataSpec
 from luthier.errors import DataError, ModelError
+from luthier.evaluation.names import PROMPT_FILE
 from luthier.models import sources
 from luthier.recipe.manifest import hash_files, hash_json, versions
-from luthier.recipe.schema import ModelSpec, Recipe, Stage, TuneStage
+from luthier.recipe.schema import EvaluateStage, ModelSpec, Recipe, Stage, TuneStage
 
 # Files of a model folder that decide what it computes and how text becomes tokens.
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt")
@@ -42,6 +43,11 @@ def stage_identity(recipe: Recipe, stage: Stage, upstream: Upstream | None) -> d
         spec = getattr(stage, name, None)
         if spec is not None:
             inputs[name] = data_input(spec)
+    if isinstance(stage, EvaluateStage) and stage.prompt is not None:
+        path = Path(stage.prompt).expanduser()
+        inputs["prompt"] = {
+            "sha256": hash_files([path / PROMPT_FILE if path.is_dir() else path], path.parent)
+        }
     for name in ("method", "objective"):
         spec = getattr(stage, name, None)
         if spec is not None and spec.method.origin != "luthier":

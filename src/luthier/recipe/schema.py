@@ -293,6 +293,8 @@ class EvaluateStage(Stage):
     """Fields of transformers.GenerationConfig for the metrics that generate."""
     batch_size: int = Field(16, ge=1)
     """Rows that go through the model at once."""
+    prompt: str | None = Field(None, min_length=1)
+    """Text prompt (file or folder) with which a language model classifies; default: what a search found."""
     expect: dict[str, str] = Field(default_factory=dict)
     """What must come out, such as `exact_match: '>= 0.8'`; a miss fails the run."""
 
@@ -461,6 +463,10 @@ class Recipe(Strict):
             for spec in (getattr(stage, "data", None), getattr(stage, "eval_data", None)):
                 if spec is not None and spec.base is None:
                     spec.base = folder
+            if isinstance(stage, EvaluateStage) and stage.prompt is not None and folder is not None:
+                here, beside = Path(stage.prompt).expanduser(), Path(folder, stage.prompt)
+                if not here.exists() and beside.exists():
+                    stage.prompt = str(beside)
         return self
 
     @property
@@ -480,7 +486,12 @@ def implied_task(stages: Sequence[Stage | None]) -> Task:
             return TASK_OF_OBJECTIVE.get(stage.objective.method.name, "causal")
     if any(isinstance(stage, TuneStage) for stage in stages):
         return "causal"
-    measured = [name for stage in stages if isinstance(stage, EvaluateStage) for name in stage.metrics]
+    measured = [
+        name
+        for stage in stages
+        if isinstance(stage, EvaluateStage) and stage.prompt is None
+        for name in stage.metrics
+    ]
     return (
         "classification" if any(METRICS[name].tasks == ("classification",) for name in measured) else "causal"
     )

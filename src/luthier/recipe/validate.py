@@ -204,7 +204,9 @@ def _evaluate(draft: Draft, place: tuple[str | int, ...], stage: EvaluateStage) 
     yield from _data(draft, (*place, "data"), stage.data)
     before = draft.stages[: int(place[1])]
     # With a text prompt any language model classifies.
-    prompted = any(isinstance(s, TuneStage) and s.searches for s in before)
+    prompted = stage.prompt is not None or any(isinstance(s, TuneStage) and s.searches for s in before)
+    if stage.prompt is not None:
+        yield from _prompt(draft, (*place, "prompt"), stage.prompt)
     task = "classification" if prompted else draft.task
     for index, name in enumerate(stage.metrics):
         if task not in METRICS[name].tasks:
@@ -231,6 +233,18 @@ def _evaluate(draft: Draft, place: tuple[str | int, ...], stage: EvaluateStage) 
         if stage.generation.get(key) is not None and not stage.generation.get("do_sample"):
             fix = "Add do_sample: true, or leave it out."
             yield (*place, "generation", key), f"{key} has no effect without sampling", fix
+
+
+def _prompt(draft: Draft, place: tuple[str | int, ...], name: str) -> Iterator[Problem]:
+    if draft.task == "classification":
+        fix = "Leave it out, or write task: causal (or masked) for the model."
+        yield place, "a classifier has its own classes and reads no text prompt", fix
+    if not Path(name).expanduser().exists():
+        yield (
+            place,
+            f"there is no text prompt {name}",
+            "A search leaves one in the folder prompt of its stage.",
+        )
 
 
 def _export(draft: Draft, place: tuple[str | int, ...], stage: ExportStage) -> Iterator[Problem]:

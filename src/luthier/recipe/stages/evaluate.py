@@ -29,7 +29,7 @@ def run(stage: EvaluateStage, context: Context) -> StageResult:
         generation=stage.generation,
         samples=stage.samples,
         seed=SEED,
-        prompt=context.prompt(),
+        prompt=context.prompt() if stage.prompt is None else stage.prompt,
     )
     if found.predictions:
         with (context.work / "predictions.jsonl").open("w", encoding="utf-8") as file:

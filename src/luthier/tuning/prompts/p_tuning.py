@@ -23,7 +23,8 @@ classifier. Frozen: all else. When saved, the vectors are evaluated once and the
 `marker` names a token of the model's tokenizer which texts of the task do not use, such as BERT's [unused1]:
 each text then holds it P times, where the vectors go ("<x> is located in the country of <x> ..."). Keep the
 places out of what is trained and away from where texts are cut off. Without it the vectors stand in front
-(as in prompt tuning).
+(as in prompt tuning). Templates of a text prompt (`luthier.evaluation.text_prompt`) may hold the marker: a
+model with learnt vectors then answers at the gap between them.
 
 Differs from the authors' code: the network never learns together with the model's own weights (their
 few-shot runs tune both), and labels are the objective's, not words at a mask. PEFT's P_TUNING stands in

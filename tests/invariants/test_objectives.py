@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import quantised_models
 import tiny
 import torch
 
@@ -18,6 +19,8 @@ OPTIONS = {
     "serial": {"bottleneck_dim": 8},
     "kadaptation": {"phm_dim": 4},
 }
+# Methods that want a base that is held in another way.
+BASES = {"qlora": quantised_models.load}
 # Rows of each objective, and a model for it.
 TEXT = [{"text": f"Order {i} arrived on Monday, but the box was empty."} for i in range(8)]
 ASKED = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(8)]
@@ -50,7 +53,8 @@ def test_two_steps_move_what_learns(name, objective, tmp_path):
 
     def made():
         method = luthier.method(name)(**OPTIONS.get(name, {}))
-        return luthier.trainer(objective, make(), file, method=method, args=args, tokenizer=tiny.tokenizer())
+        model = BASES[name](make) if name in BASES else make()
+        return luthier.trainer(objective, model, file, method=method, args=args, tokenizer=tiny.tokenizer())
 
     if (name, objective) in REFUSED:
         with pytest.raises(luthier.errors.MethodError, match=REFUSED[name, objective]):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import fused_sources
 import pytest
+import quantised_models
 import small_training as training
 import tiny
 import torch
@@ -33,6 +34,8 @@ OPTIONS = {
 }
 # Options that depend on the model.
 MADE_FOR = {"fusion": lambda build: {"adapters": fused_sources.pfeiffer(build)}}
+# Methods that want a base that is held in another way.
+BASES = {"qlora": quantised_models.load}
 # Pairs that are refused in words.
 REFUSED = {("linear_probe", "t5"): "always ties its head"}
 CASES = [(name, kind) for name in METHODS for kind in MODELS if (name, kind) not in REFUSED]
@@ -41,6 +44,10 @@ CASES = [(name, kind) for name in METHODS for kind in MODELS if (name, kind) not
 def config(name, kind=None):
     made = {} if kind is None or name not in MADE_FOR else MADE_FOR[name](MODELS[kind])
     return taxonomy.find(name)(**OPTIONS.get(name, {}), **made)
+
+
+def build(name, kind):
+    return BASES[name](MODELS[kind]) if name in BASES else MODELS[kind]()
 
 
 # Methods that put something on the model; the others choose among its own weights.
@@ -67,7 +74,7 @@ def starts_as_base(name):
 
 def attached(name, kind):
     torch.manual_seed(0)
-    return attach(MODELS[kind](), config(name, kind))
+    return attach(build(name, kind), config(name, kind))
 
 
 def is_adapter(model):
@@ -89,7 +96,7 @@ def test_a_pair_that_cannot_work_is_refused_in_words(name, kind):
 
 @every_case
 def test_starts_as_the_base_and_says_what_learns(name, kind):
-    base = MODELS[kind]()
+    base = build(name, kind)
     before = training.logits(base)
     config(name, kind)  # what it is made of leaves lines of its own
     with checks.collect() as lines:
@@ -139,7 +146,7 @@ def test_saved_and_loaded_again_gives_the_same_logits(name, kind, tmp_path):
     expected = training.logits(model)
     if is_adapter(model):
         save_adapter(model, tmp_path / "saved")
-        loaded = PeftModel.from_pretrained(MODELS[kind](), tmp_path / "saved")
+        loaded = PeftModel.from_pretrained(build(name, kind), tmp_path / "saved")
     else:
         model.save_pretrained(tmp_path / "saved")
         loaded = type(model).from_pretrained(tmp_path / "saved")
@@ -172,7 +179,7 @@ def test_two_adapters_live_side_by_side(name, kind):
     assert learns
     assert all(".second" in n for n in learns)
     if starts_as_base(name):
-        assert torch.allclose(training.logits(model), training.logits(MODELS[kind]()), rtol=0, atol=1e-6)
+        assert torch.allclose(training.logits(model), training.logits(build(name, kind)), rtol=0, atol=1e-6)
     training.disturb(model, 0.2)
     assert not torch.allclose(training.logits(model), first, atol=1e-3)
     model.set_adapter("default")
@@ -238,7 +245,8 @@ def test_resumed_equals_straight(name, kind, tmp_path):
 @over((name, kind) for name, kind in CASES if kind in ("llama", "t5"))
 def test_runs_in_bfloat16(name, kind, tmp_path):
     torch.manual_seed(0)
-    model = attach(MODELS[kind]().to(torch.bfloat16), config(name, kind))
+    half = BASES[name](MODELS[kind], dtype="bfloat16") if name in BASES else MODELS[kind]().to(torch.bfloat16)
+    model = attach(half, config(name, kind))
     before = training.weights(model)
     training.train(model, tmp_path)
     assert any(not torch.equal(before[n], p) for n, p in model.named_parameters() if p.requires_grad)

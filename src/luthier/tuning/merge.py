@@ -16,6 +16,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.merge_utils import dare_linear, dare_ties, task_arithmetic, ties
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from luthier import checks
 from luthier.errors import CheckError, MethodError, did_you_mean
@@ -230,6 +231,8 @@ def _on_plain_base(model: PeftModel) -> PeftModel:
     config = copy.deepcopy(model.peft_config[adapter])
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     plain = quantized.dequantize(model.unload())
+    if hasattr(config, "fan_in_fan_out"):
+        config.fan_in_fan_out = any(isinstance(m, Conv1D) for m in plain.modules())
     with no_peft_warnings():
         found = get_peft_model(plain, config, adapter_name=adapter)
     set_peft_model_state_dict(found, state, adapter_name=adapter)

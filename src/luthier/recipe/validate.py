@@ -239,7 +239,7 @@ def _prompt(draft: Draft, place: tuple[str | int, ...], name: str) -> Iterator[P
     if draft.task == "classification":
         fix = "Leave it out, or write task: causal (or masked) for the model."
         yield place, "a classifier has its own classes and reads no text prompt", fix
-    if not Path(name).expanduser().exists():
+    if not any(Path(folder, Path(name).expanduser()).exists() for folder in (".", draft.folder)):
         yield (
             place,
             f"there is no text prompt {name}",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 
 from luthier import checks
 from luthier.alignment import reliable
+from luthier.alignment.callbacks import Divergence
 from luthier.errors import CheckError, TrainingError
 
 RESUMABLE = {
@@ -101,6 +103,7 @@ KILLED = """
 import os, signal, sys
 import tiny, torch
 from luthier.alignment import reliable
+from luthier.alignment.callbacks import Divergence
 from sft_problems import lora, rows, sft
 folder, where = sys.argv[1:]
 count = 0
@@ -182,6 +185,20 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too(tmp_path):
     with pytest.raises(TrainingError, match="gradient of step 3"):
         trainer.train()
     assert all(torch.isfinite(w).all() for w in weights(trainer.model).values())
+
+
+def test_a_loss_that_explodes_at_once_is_held_against_the_first_step():
+    """Such a run is worse than no training from its second step on, and never gets better."""
+    trainer = SimpleNamespace(step_loss=2.3, last_good=lambda: "There is no checkpoint.")
+    watch, args = Divergence(trainer), SimpleNamespace(learning_rate=50.0)
+
+    def steps():
+        for step in range(1, 20):
+            watch.on_step_end(args, SimpleNamespace(global_step=step), None)
+            trainer.step_loss = 10.8
+
+    with pytest.raises(TrainingError, match=r"exploded: 9.95 .* after 2.3"):
+        steps()
 
 
 def test_an_exploding_loss_stops_the_run(tmp_path):

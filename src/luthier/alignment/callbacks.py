@@ -215,8 +215,8 @@ def _owner(name: str, tuners: set[str]) -> str:
 class Divergence(TrainerCallback):
     """Stops a run whose loss explodes, with the checkpoints that it has.
 
-    The mean loss of ten steps is held against the lowest such mean so far: beyond three times that and two
-    nats, nothing useful is left. A loss or gradient that is not finite stops the run at once, before the
+    The mean loss of ten steps is held against the lowest such mean so far, and against the loss of the first
+    step, which is the untrained model's: beyond three times that and two nats, nothing useful is left. A loss or gradient that is not finite stops the run at once, before the
     weights take it up (`luthier.alignment.reliable`).
     """
 
@@ -229,6 +229,8 @@ class Divergence(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.recent.append(self.trainer.step_loss)
+        if state.global_step == 1:
+            self.lowest = self.trainer.step_loss
         if len(self.recent) < WINDOW:
             return
         mean = sum(self.recent) / WINDOW

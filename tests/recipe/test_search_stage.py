@@ -66,7 +66,7 @@ def test_evaluations_measure_with_the_prompt_that_was_found_last(folder, kind):
     assert set(tune.manifest.artefacts) == {"prompt/prompt.json"}
     assert plain.artefact.name == "prompt"
     assert result.passed
-    assert result.report.is_file()
+    assert "given a prompt by autoprompt on train.jsonl" in result.report.read_text()
     assert [s.status for s in run(path).stages] == ["unchanged"] * 4
 
 

@@ -74,7 +74,8 @@ def _show(result: "Run", console: "Console") -> None:
             if not check["passed"]:
                 console.print(f"[red]✗[/] {_missed(check, stage.status)}", highlight=False)
     if result.artefact is not None:
-        console.print(f"model   {result.artefact}")
+        name = "prompt " if result.artefact.name == "prompt" else "model  "
+        console.print(f"{name} {result.artefact}")
     console.print(f"report  {result.report}")
 
 

@@ -106,7 +106,7 @@ class Run:
 
     @property
     def artefact(self) -> Path | None:
-        """The model or adapter that came out."""
+        """The model, adapter or text prompt that came out."""
         found = [s.artefact for s in self.stages if s.artefact is not None]
         return found[-1] if found else None
 

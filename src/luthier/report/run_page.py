@@ -155,8 +155,10 @@ def summary(run: Run) -> str:
     steps = []
     for stage in run.stages:
         if stage.kind == "tune":
-            text = f"tuned with {_name(stage.config.get('method')) or 'a method'}"
-            objective = _name(stage.config.get("objective"))
+            method = _name(stage.config.get("method")) or "a method"
+            searched = _searches(method)
+            text = f"given a prompt by {method}" if searched else f"tuned with {method}"
+            objective = None if searched else _name(stage.config.get("objective"))
             text += f" ({objective})" if objective else ""
             steps.append(text + (f" on {_data(stage)}" if _data(stage) else ""))
         elif stage.kind == "evaluate":
@@ -223,6 +225,14 @@ def check_lines(run: Run) -> dict[str, Any]:
     groups = [(when, [line for line in lines if line["passed"] and line["when"] == when]) for when in order]
     groups = [(when, lines) for when, lines in groups if lines]
     return {"lines": lines, "groups": groups, "failed": failed, "passed": len(lines) - failed}
+
+
+def _searches(method: str) -> bool:
+    """Whether a method of that name searches a prompt; one that is not known here is taken to train."""
+    try:
+        return taxonomy.find(method, "tuning").searches
+    except MethodError:
+        return False
 
 
 def stage_view(run: Run, i: int) -> dict[str, Any]:

@@ -204,6 +204,10 @@ def test_a_start_of_another_length_is_refused():
         made(initial="it was")
 
 
+def test_a_template_without_triggers_is_measured_once():
+    assert method("autoprompt")(num_triggers=0).rows_scored(500, 20) == 20
+
+
 def test_triggers_need_their_place():
     with pytest.raises(MethodError, match="no place for triggers"):
         made(template="{text} {mask} .")

@@ -107,7 +107,8 @@ class Config:
 
     def rows_scored(self, train: int, held_out: int) -> int:
         each = min(self.batch_size * self.accumulation, train)
-        return self.iterations * each * (3 + 1 + self.num_candidates) + held_out * (1 + self.iterations // 4)
+        steps = self.iterations if self.num_triggers else 0
+        return steps * each * (3 + 1 + self.num_candidates) + held_out * (1 + steps // 4)
 
 
 # Mathematics --------------------------------------------------------------------------------------------

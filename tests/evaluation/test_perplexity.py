@@ -72,9 +72,9 @@ def test_chats_are_scored_where_training_trains_texts_everywhere(tmp_path, tiny_
     chat, plain = tmp_path / "chat.jsonl", tmp_path / "plain.jsonl"
     chat.write_text(json.dumps({"prompt": "What?", "completion": "That."}) + "\n")
     plain.write_text(json.dumps({"text": "What? That."}) + "\n")
-    (ids, positions), *_ = sequences(load(chat), tiny_tokenizer)
+    (ids, positions), *_ = sequences(load(chat), tiny_tokenizer)[0]
     assert tiny_tokenizer.decode([ids[p] for p in positions]) == "That.<|im_end|>"
-    (ids, positions), *_ = sequences(load(plain), tiny_tokenizer)
+    (ids, positions), *_ = sequences(load(plain), tiny_tokenizer)[0]
     assert tiny_tokenizer.decode(ids) == "What? That."
     assert positions.tolist() == list(range(1, len(ids)))
 

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from luthier import checks
 from luthier.acceleration import documents, fused_lora, fused_mlp, fused_norm, label_only
+from luthier.alignment import row_inputs
 from luthier.alignment.reliable import Reliable
 from luthier.data.packing import PackedCollator, PaddedCollator, isolates, pack, prove_isolated
 from luthier.data.tokenize import EncodeReport
@@ -182,7 +183,7 @@ def build(
     Raises:
         CheckError: packing was asked for by name and the model does not keep documents apart.
     """
-    packed = _packs(model, packing)
+    packed = _packs(model, packing, row_inputs.names(model, dataset))
     pad = getattr(tokenizer, "pad_token_id", None)
     collator: Any = PaddedCollator(pad)
     if packed and packing == "rows":
@@ -206,13 +207,15 @@ def build(
     )
 
 
-def _packs(model: nn.Module, packing: Packing) -> bool:
+def _packs(model: nn.Module, packing: Packing, inputs: list[str]) -> bool:
     """Whether documents may share a row; asked for by name, a model that mixes them is refused."""
     if packing is False:
         return False
     reason = None
     if isinstance(model, PeftModel) and getattr(tuning_of(model), "is_prompt_learning", False):
         reason = "a soft prompt stands before a row, not before each document in it"
+    elif inputs:
+        reason = f"{', '.join(inputs)} is of a row, not of each document in it"
     elif not isolates(model):
         reason = f"{type(model).__name__} mixes packed documents"
     if reason is None:

@@ -23,7 +23,7 @@ from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
-from luthier.alignment import checkpoints
+from luthier.alignment import checkpoints, row_inputs
 from luthier.alignment.callbacks import CleanInterrupt, Divergence, ShowProgress, StepOneProof
 from luthier.data.tokenize import EncodeReport
 from luthier.errors import DataError, LuthierError, TrainingError
@@ -62,6 +62,8 @@ class Reliable:
         with _settings_refused("trainer"):
             super().__init__(*args, **kwargs)
         self.encodings = encodings
+        if extra := row_inputs.names(self.model, self.train_dataset):
+            self.data_collator = row_inputs.WithRowInputs(self.data_collator, extra)
         _require_room(self.model, encodings)
         self.step_loss = math.nan
         self._step_parts: list[Tensor] = []

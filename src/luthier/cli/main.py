@@ -55,6 +55,7 @@ def options(
     if not verbose:
         # Read by transformers when it is imported; our own lines say what matters.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of packages that it can do without
 
 
 for found in sorted(pkgutil.iter_modules(luthier.cli.__path__), key=lambda m: m.name):

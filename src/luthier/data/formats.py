@@ -34,7 +34,7 @@ Converter = Callable[[Row, "DataSpec", list[str]], list[Row]]
 CANONICAL_FIELDS = (
     "text", "text_pair", "label", "messages", "conversations", "tools", "prompt", "completion", "chosen",
     "rejected", "margin", "p", "score_chosen", "score_rejected", "completions", "labels", "scores", "gold",
-    "instruction", "input", "output", "system", "history", "question", "answer", "choices",
+    "instruction", "input", "output", "system", "history", "question", "answer", "choices", "task",
 )  # fmt: skip
 
 # What a column of this name usually is: only to suggest a mapping, never to guess one.
@@ -315,10 +315,13 @@ def convert(row: Any, format: str, spec: "DataSpec", notes: list[str]) -> list[R
     for key in chosen.needs:
         present(row, key)
     try:
-        return chosen.convert(row, spec, notes)
+        rows = chosen.convert(row, spec, notes)
     except (AttributeError, KeyError, TypeError) as error:
         # A deeply nested format (PRM800K) that is not nested as it should be.
         raise Reject("E_TYPE", f"the record is not nested as {format} is ({error})") from error
+    # Rows of any type may say which of several tasks they are of.
+    task = row.get("task")
+    return rows if task is None or isinstance(task, list | dict) else [r | {"task": str(task)} for r in rows]
 
 
 def kind(row: Row) -> str:

@@ -15,6 +15,8 @@ A message is {role, content, ...} with role in system, user, assistant, tool, de
 | stepwise            | prompt, completions: [str], labels: [bool | float | None] |
 | classification      | text, text_pair?, label: int | str | bool |
 | multiple_choice     | prompt, choices: [str], label: int (the right one) |
+
+Every type may have a `task`: str, the name of one of several tasks that the data set mixes.
 """
 
 import json

@@ -12,6 +12,7 @@ from luthier.data.tokenize import encode_classification
 from luthier.errors import DataError
 from luthier.models import structure
 from luthier.terminal import track
+from luthier.tuning.hooks import of_batch, row_inputs
 from luthier.tuning.probe import evaluating
 
 
@@ -33,6 +34,7 @@ def classify(
         )
     order = np.argsort([-len(ids) for ids in encoded.dataset["input_ids"]], kind="stable")
     rows = encoded.dataset.remove_columns("labels")
+    extra = row_inputs(model, loaded.records)
     collate = DataCollatorWithPadding(tokenizer)
     predicted = np.zeros(len(order), dtype=int)
     with evaluating(model):
@@ -46,6 +48,7 @@ def classify(
                 at < lengths[:, None] if tokenizer.padding_side == "right" else at.flip(0) < lengths[:, None]
             )
             inputs["attention_mask"] = real.long().to(inputs["input_ids"].device)
+            inputs.update(of_batch(extra, batch, inputs["input_ids"].device))
             predicted[batch] = model(**inputs).logits.argmax(-1).cpu().numpy()
     return predicted, np.array(encoded.dataset["labels"]), encoded.label_names or []
 

@@ -27,6 +27,7 @@ from luthier.evaluation.names import METRICS
 from luthier.evaluation.perplexity import perplexity, sequences
 from luthier.evaluation.text_prompt import TextPrompt
 from luthier.models import structure
+from luthier.tuning.hooks import row_inputs
 
 log = logging.getLogger("luthier.evaluation")
 
@@ -110,9 +111,10 @@ def _measured(
 ) -> Evaluation:
     found = Evaluation()
     if "perplexity" in metrics:
-        texts = sequences(loaded, tokenizer)
+        texts, of_rows = sequences(loaded, tokenizer)
+        inputs = row_inputs(model, [loaded.records[i] for i in of_rows])
         found.metrics["perplexity"] = perplexity(
-            model, texts, batch_size=batch_size, window=window, stride=stride, seed=seed
+            model, texts, batch_size=batch_size, window=window, stride=stride, seed=seed, inputs=inputs
         )
     written = [name for name in metrics if METRICS[name].generates]
     if written:
@@ -186,6 +188,7 @@ def _answers(
         options=generation,
         seed=seed,
         where=loaded.where,
+        inputs=row_inputs(model, loaded.records),
     )
     return answers, wanted
 

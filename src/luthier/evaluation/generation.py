@@ -4,7 +4,7 @@ Greedy answers are those that each prompt would get alone (up to rounding in hal
 from lengths, never from the pad id, so that pad = eos is harmless.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from luthier.evaluation.perplexity import context_length
 from luthier.models import structure
 from luthier.models.tokens import end_of_turn
 from luthier.terminal import track
+from luthier.tuning.hooks import of_batch
 from luthier.tuning.probe import evaluating
 
 MAX_NEW_TOKENS = 256
@@ -41,6 +42,7 @@ def generate(
     options: dict[str, Any] | None = None,
     seed: int = 0,
     where: Callable[[int], str] | None = None,
+    inputs: Mapping[str, Sequence[int]] | None = None,
 ) -> list[Answer]:
     """One answer for each prompt (its token ids, as `luthier.data.tokenize.prompt_ids` gives them), in order.
 
@@ -48,6 +50,7 @@ def generate(
         options: fields of `transformers.GenerationConfig`; greedy and at most 256 new tokens by default.
         seed: of sampling. A sampled answer depends on its batch, a greedy one does not.
         where: the place of prompt i, for messages.
+        inputs: what the model takes with each prompt (`luthier.tuning.hooks.row_inputs`).
 
     Raises:
         DataError: a prompt that leaves no room for an answer in the model's context.
@@ -64,7 +67,9 @@ def generate(
     with evaluating(model), last_column(model):
         for start in track(range(0, len(order), batch_size), "answers"):
             batch = order[start : start + batch_size]
-            for i, new in zip(batch, _batch(model, [prompts[i] for i in batch], config), strict=True):
+            extra = of_batch(inputs or {}, batch, structure.base(model).device)
+            made = _batch(model, [prompts[i] for i in batch], config, extra)
+            for i, new in zip(batch, made, strict=True):
                 found[i] = _answer(new, ends, tokenizer)
     return [answer for answer in found if answer is not None]
 
@@ -120,7 +125,9 @@ def _require_room(
         )
 
 
-def _batch(model: nn.Module, prompts: list[Sequence[int]], config: GenerationConfig) -> Tensor:
+def _batch(
+    model: nn.Module, prompts: list[Sequence[int]], config: GenerationConfig, extra: dict[str, Tensor]
+) -> Tensor:
     """New tokens (batch, new) of one batch, padded behind each end token."""
     base = structure.base(model)
     longest = max(len(prompt) for prompt in prompts)
@@ -131,7 +138,10 @@ def _batch(model: nn.Module, prompts: list[Sequence[int]], config: GenerationCon
         mask[row, longest - len(prompt) :] = 1
     try:
         out = model.generate(
-            input_ids=ids.to(base.device), attention_mask=mask.to(base.device), generation_config=config
+            input_ids=ids.to(base.device),
+            attention_mask=mask.to(base.device),
+            generation_config=config,
+            **extra,
         )
     except ValueError as error:  # settings that transformers judges only here
         raise MethodError(f"Nothing can be generated with these settings: {error}") from error

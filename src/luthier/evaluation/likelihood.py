@@ -1,7 +1,7 @@
 """Log-likelihood of given tokens, in batches, without ever holding the logits of whole texts."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from luthier.acceleration.last_column import last_column
 from luthier.models import structure
 from luthier.terminal import track
+from luthier.tuning.hooks import of_batch
 from luthier.tuning.probe import evaluating
 
 log = logging.getLogger("luthier.evaluation")
@@ -18,13 +19,18 @@ BLOCK = 512  # rows of logits held at once: 100 MB of float32 for 49152 tokens
 
 
 def token_log_probs(
-    model: nn.Module, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int
+    model: nn.Module,
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_size: int,
+    inputs: Mapping[str, Sequence[int]] | None = None,
 ) -> list[Tensor]:
     """log p(token | tokens before it) in float32 for chosen positions of each sequence.
 
     Args:
         model: a causal language model; evaluated without dropout.
         sequences: (ids, positions) pairs; every position is >= 1, for nothing predicts the first token.
+        inputs: what the model takes with each sequence (`luthier.tuning.hooks.row_inputs`).
 
     Returns:
         For each sequence a tensor (positions,), in the order given.
@@ -34,13 +40,16 @@ def token_log_probs(
     with evaluating(model), last_column(model):
         for start in track(range(0, len(order), batch_size), "likelihood"):
             batch = order[start : start + batch_size]
-            values = _batch(model, [sequences[i] for i in batch])
+            extra = of_batch(inputs or {}, batch, structure.base(model).device)
+            values = _batch(model, [sequences[i] for i in batch], extra)
             for i, part in zip(batch, values, strict=True):
                 found[i] = part
     return found
 
 
-def _batch(model: nn.Module, batch: list[tuple[Sequence[int], Sequence[int]]]) -> Iterator[Tensor]:
+def _batch(
+    model: nn.Module, batch: list[tuple[Sequence[int], Sequence[int]]], extra: dict[str, Tensor]
+) -> Iterator[Tensor]:
     device = structure.base(model).device
     longest = max(len(ids) for ids, _ in batch)
     # Padding stands on the right: a causal model's real tokens then see the same as alone.
@@ -53,7 +62,7 @@ def _batch(model: nn.Module, batch: list[tuple[Sequence[int], Sequence[int]]]) -
     rows = torch.repeat_interleave(torch.arange(len(batch)), torch.tensor(counts))  # (labels,)
     columns = torch.tensor([p for _, positions in batch for p in positions], dtype=torch.long)
     targets = ids[rows, columns].to(device)
-    logits = _Logits(model, ids.to(device), mask.to(device))
+    logits = _Logits(model, ids.to(device), mask.to(device), extra)
     parts = [
         logits(rows[at : at + BLOCK], columns[at : at + BLOCK] - 1)
         .log_softmax(-1)
@@ -72,7 +81,7 @@ class _Logits:
     as they are needed. A model that does more (scales or caps its logits) gives all of them at once.
     """
 
-    def __init__(self, model: nn.Module, ids: Tensor, mask: Tensor):
+    def __init__(self, model: nn.Module, ids: Tensor, mask: Tensor, extra: dict[str, Tensor]):
         base = structure.base(model)
         self.head = structure.head(model)
         self.all: Tensor | None = None
@@ -82,7 +91,7 @@ class _Logits:
             hidden.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
 
         handle = base.base_model.register_forward_hook(keep)
-        options: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        options: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False} | extra
         try:
             last = model(**options, logits_to_keep=1).logits[:, -1]
         finally:

@@ -8,7 +8,7 @@ The mean is over tokens, not over texts or batches: a short text does not weigh 
 Source: Hugging Face, "Perplexity of fixed-length models" (the strided window).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,8 @@ def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, i
         scored, begin = end, begin + stride
 
 
-def sequences(loaded: Loaded, tokenizer: Any) -> list[tuple[list[int], np.ndarray]]:
-    """Ids and scored positions of every row.
+def sequences(loaded: Loaded, tokenizer: Any) -> tuple[list[tuple[list[int], np.ndarray]], list[int]]:
+    """Ids and scored positions of every text, and the index of its row.
 
     Of texts every token is scored, of chats those that training would train (the assistant's turns with
     their end tokens). No end token is added to a text.
@@ -50,7 +50,7 @@ def sequences(loaded: Loaded, tokenizer: Any) -> list[tuple[list[int], np.ndarra
         for row in loaded.records:
             ids = prefix(row["text"]) + plain_ids(tokenizer, row["text"])
             found.append((ids, np.arange(1, len(ids))))
-        return found
+        return found, list(range(len(found)))
     if loaded.type not in ("messages", "prompt_completion"):
         raise DataError(
             f"{loaded.spec.path} holds rows of type {loaded.type}, which have no perplexity.",
@@ -58,7 +58,8 @@ def sequences(loaded: Loaded, tokenizer: Any) -> list[tuple[list[int], np.ndarra
         )
     encoded = encode(loaded, tokenizer, max_length=None, use_cache=False)
     rows = encoded.dataset.with_format("numpy")
-    return [(row["input_ids"].tolist(), np.flatnonzero(row["labels"][1:] != -100) + 1) for row in rows]
+    texts = [(row["input_ids"].tolist(), np.flatnonzero(row["labels"][1:] != -100) + 1) for row in rows]
+    return texts, encoded.source
 
 
 def perplexity(
@@ -69,6 +70,7 @@ def perplexity(
     window: int | None = None,
     stride: int | None = None,
     seed: int = 0,
+    inputs: Mapping[str, Sequence[int]] | None = None,
 ) -> Metric:
     """Perplexity over all scored tokens; the bootstrap draws windows (one a text, for short texts).
 
@@ -76,6 +78,7 @@ def perplexity(
         texts: (ids, scored positions >= 1), as `sequences` gives them.
         window: tokens that the model sees at once; by default its context, at most 1024.
         stride: how far the window moves; by default half of it.
+        inputs: what the model takes with each text (`luthier.tuning.hooks.row_inputs`).
 
     Raises:
         DataError: a stride or window that would leave tokens unscored, or nothing to score.
@@ -88,14 +91,17 @@ def perplexity(
             fix="The stride is at least 1 and less than the window.",
         )
     parts: list[tuple[list[int], list[int]]] = []
-    for ids, positions in texts:
+    extra: dict[str, list[int]] = {name: [] for name in inputs or {}}
+    for text, (ids, positions) in enumerate(texts):
         for begin, scored, end in windows(len(ids), window, stride):
             mine = positions[(positions >= scored) & (positions < end)]
             if len(mine):
                 parts.append((ids[begin:end], (mine - begin).tolist()))
+                for name, values in (inputs or {}).items():
+                    extra[name].append(values[text])
     if not parts:
         raise DataError("There is no token to score.", fix="Give texts of at least two tokens.")
-    found = token_log_probs(model, parts, batch_size=batch_size)
+    found = token_log_probs(model, parts, batch_size=batch_size, inputs=extra)
     rows = np.array([[-float(p.double().sum()), len(p)] for p in found])  # (windows, 2)
     return interval(rows, lambda sums: np.exp(ratio(sums)), seed=seed)
 

@@ -1,17 +1,20 @@
 """What a tuning method adds to any trainer: callbacks, and parameter groups with rates of their own.
 
-A method says so on its config, by duck typing: `callbacks(model)` and `parameter_groups(model, args)`. A
-trainer asks here and need not know the method:
+A method says so on its config, by duck typing: `callbacks(model)`, `parameter_groups(model, args)` and
+`row_inputs(rows)`. A trainer asks here and need not know the method:
 
     trainer callbacks      += callbacks(model)
     optimizer's parameters  = parameter_groups(model, args) or the trainer's own
+    the model's inputs     += row_inputs(model, rows), one number a row
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 from luthier.tuning.attach import tuning_of
@@ -31,6 +34,23 @@ def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict[str
     """
     ask = getattr(tuning_of(model), "parameter_groups", None)
     return ask(model, args) if ask else None
+
+
+def row_inputs(model: nn.Module, rows: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
+    """What the model takes with a batch of these canonical rows besides their tokens: name to a number a row.
+
+    Raises:
+        DataError: rows that lack what the method needs.
+    """
+    ask = getattr(tuning_of(model), "row_inputs", None)
+    return ask(rows) if ask else {}
+
+
+def of_batch(
+    inputs: Mapping[str, Sequence[int]], rows: Iterable[int], device: Any = None
+) -> dict[str, Tensor]:
+    """Of what `row_inputs` gave, the tensors for a batch of the rows of these indices."""
+    return {name: torch.tensor([values[i] for i in rows], device=device) for name, values in inputs.items()}
 
 
 def save_adapter(model: PeftModel, folder: Path | str) -> None:

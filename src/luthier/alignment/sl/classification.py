@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
+from luthier.alignment import row_inputs
 from luthier.alignment.defaults import arguments
 from luthier.alignment.reliable import Reliable
 from luthier.data.load import Loaded
@@ -90,13 +91,17 @@ def trainer(
     encoded = (
         data
         if isinstance(data, Encoded)
-        else encode_classification(data, tokenizer, max_length=config.max_length)
+        else row_inputs.add(model, data, encode_classification(data, tokenizer, max_length=config.max_length))
     )
     names = encoded.label_names or []
     held_out = (
         eval_data
         if eval_data is None or isinstance(eval_data, Encoded)
-        else encode_classification(eval_data, tokenizer, max_length=config.max_length, labels=names)
+        else row_inputs.add(
+            model,
+            eval_data,
+            encode_classification(eval_data, tokenizer, max_length=config.max_length, labels=names),
+        )
     )
     _name_classes(model, names, config)
     chosen = arguments(args, model, evaluates=held_out is not None)

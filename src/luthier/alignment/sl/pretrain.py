@@ -19,7 +19,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from luthier.alignment import causal
+from luthier.alignment import causal, row_inputs
 from luthier.alignment.defaults import arguments
 from luthier.data.load import Loaded
 from luthier.data.tokenize import Encoded, encode_pretrain
@@ -58,7 +58,7 @@ def trainer(
     encoded, held_out = (
         part
         if part is None or isinstance(part, Encoded)
-        else encode_pretrain(part, tokenizer, max_length=config.max_length)
+        else row_inputs.add(model, part, encode_pretrain(part, tokenizer, max_length=config.max_length))
         for part in (data, eval_data)
     )
     assert encoded is not None

@@ -27,6 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from luthier.alignment import row_inputs
 from luthier.alignment.defaults import arguments
 from luthier.alignment.reliable import Reliable
 from luthier.data.load import Loaded
@@ -88,8 +89,12 @@ def trainer(
     encoded, held_out = (
         part
         if part is None or isinstance(part, Encoded)
-        else encode_seq2seq(
-            part, tokenizer, max_length=config.max_length, max_target_length=config.max_target_length
+        else row_inputs.add(
+            model,
+            part,
+            encode_seq2seq(
+                part, tokenizer, max_length=config.max_length, max_target_length=config.max_target_length
+            ),
         )
         for part in (data, eval_data)
     )

@@ -25,7 +25,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from luthier.alignment import causal
+from luthier.alignment import causal, row_inputs
 from luthier.alignment.defaults import arguments
 from luthier.data.load import Loaded
 from luthier.data.tokenize import Encoded, encode
@@ -75,14 +75,18 @@ def trainer(
     encoded, held_out = (
         part
         if part is None or isinstance(part, Encoded)
-        else encode(
+        else row_inputs.add(
+            model,
             part,
-            tokenizer,
-            max_length=config.max_length,
-            train_on=config.train_on,
-            chat=config.chat,
-            allow_empty=config.allow_empty,
-            options=config.template_options,
+            encode(
+                part,
+                tokenizer,
+                max_length=config.max_length,
+                train_on=config.train_on,
+                chat=config.chat,
+                allow_empty=config.allow_empty,
+                options=config.template_options,
+            ),
         )
         for part in (data, eval_data)
     )

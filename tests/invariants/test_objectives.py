@@ -2,6 +2,7 @@
 
 import json
 
+import fused_sources
 import pytest
 import quantised_models
 import tiny
@@ -17,8 +18,12 @@ OPTIONS = {
     "linear_probe": {"untie_head": True},
     "gradual_unfreezing": {"unit": "step", "groups_per_stage": 4},
     "serial": {"bottleneck_dim": 8},
+    "parallel": {"bottleneck_dim": 8},
+    "coda": {"bottleneck_dim": 8},
     "kadaptation": {"phm_dim": 4},
 }
+# Options that depend on the model.
+MADE_FOR = {"fusion": lambda make: {"adapters": fused_sources.pfeiffer(make)}}
 # Methods that want a base that is held in another way.
 BASES = {"qlora": quantised_models.load}
 # Rows of each objective, and a model for it.
@@ -34,7 +39,11 @@ PROBLEMS = {
 METHODS = [m.name for m in taxonomy.methods("tuning") if m.origin == "luthier" and not m.searches]
 OBJECTIVES = [m.name for m in taxonomy.methods("alignment") if m.origin == "luthier"]
 # Pairs that are refused in words.
-REFUSED = {("linear_probe", "seq2seq"): "always ties its head"}
+REFUSED = {
+    ("linear_probe", "seq2seq"): "always ties its head",
+    ("coda", "pretrain"): "writes token by token",
+    ("coda", "sft"): "writes token by token",
+}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -52,7 +61,8 @@ def test_two_steps_move_what_learns(name, objective, tmp_path):
     }
 
     def made():
-        method = luthier.method(name)(**OPTIONS.get(name, {}))
+        made_for = MADE_FOR[name](make) if name in MADE_FOR else {}
+        method = luthier.method(name)(**OPTIONS.get(name, {}), **made_for)
         model = BASES[name](make) if name in BASES else make()
         return luthier.trainer(objective, model, file, method=method, args=args, tokenizer=tiny.tokenizer())
 

@@ -70,21 +70,28 @@ class Chosen(NamedTuple):
     weight: Tensor
 
 
-def choose(scores: Tensor, real: Tensor, reduction: float, weigh: Any) -> Chosen:
+def choose(scores: Tensor, real: Tensor, reduction: float, weigh: Any, kept: Tensor | None = None) -> Chosen:
     """Of a text of length l the ceil(l / reduction) tokens with the highest scores.
 
     Args:
         scores (batch, n), real (batch, n): False for padding.
         weigh: soft top-k, from scores (batch, n) and k (batch,).
+        kept (batch,): the place of a token that is chosen in any case, with weight 1.
     """
     n = scores.shape[1]
     length = real.sum(1)
     k = torch.ceil(length / reduction).clamp(min=1)  # (batch,)
-    scores = scores.masked_fill(~real, NOWHERE)
-    weights = weigh(scores, k)
+    free = real
+    if kept is not None:
+        free = real & (torch.arange(n, device=scores.device) != kept[:, None])
+    left = k - (real.sum(1) - free.sum(1))
+    weights = weigh(scores.masked_fill(~free, NOWHERE), left.clamp(min=1)) * (left > 0)[:, None]
+    weights = torch.where(free, weights, real.to(weights.dtype))
     weights = torch.where((k >= length)[:, None], real.to(weights.dtype), weights)
     most = math.ceil(n / reduction)
-    index = scores.topk(most, dim=1).indices  # by the scores: saturated weights are all 1
+    # By the scores, for saturated weights are all 1.
+    ranked = scores.masked_fill(~real, NOWHERE).masked_fill(real & ~free, -NOWHERE)
+    index = ranked.topk(most, dim=1).indices
     taken = torch.arange(most, device=scores.device) < torch.minimum(k, length)[:, None]
     order = torch.where(taken, index, index + n).argsort(1)  # in the order of the text, spare rows last
     index, taken = index.gather(1, order), taken.gather(1, order)
@@ -123,7 +130,8 @@ def seen(mask: Tensor | None, states: Tensor) -> Tensor:
 class RoutedLayer(DeltaLayer):
     """Beside a block: y = x + A(N(x)) + m * (block(chosen x) - chosen x), put back where they were chosen.
 
-    A change of it has `scores(states)`, `weigh(scores, k)` and `reduction`, and is itself the adapter A.
+    A change of it has `scores(states, normed)`, `weigh(scores, k)`, `kept(real)` and `reduction`, and is
+    itself the adapter A.
     """
 
     def __init__(self, block: nn.Module, slot: str, width: int, norm: str | None):
@@ -170,7 +178,8 @@ class RoutedLayer(DeltaLayer):
             self.held = states, added, None, None
             return None
         scores = change.scores(states, normed)
-        chosen = choose(scores, seen(mask, states), change.reduction, change.weigh)
+        real = seen(mask, states)
+        chosen = choose(scores, real, change.reduction, change.weigh, change.kept(real))
         rows = rows_of(states, chosen.index)
         bias = _bias(block, given, states) if "position_bias" in self.names else None
         self.held = (states + added, rows, chosen, bias)

@@ -18,7 +18,8 @@ from luthier.tuning.routing import RoutedLayer, choose, iterative_top_k, soft_to
 
 def coda(model, **options):
     torch.manual_seed(0)
-    return attach(model, method("coda")(**{"bottleneck_dim": 4, "eps": 0.5} | options))
+    plain = {"bottleneck_dim": 4, "eps": 0.5, "keep_read": False}
+    return attach(model, method("coda")(**plain | options))
 
 
 def routed(model):
@@ -111,6 +112,35 @@ def test_how_many_are_chosen_follows_the_real_length():
         assert (found.weight[row, count:] == 0).all()
         assert (found.weight[row, :count] > 0).all()
     assert found.weight[2, 0] == 1  # all of its one token
+
+
+def test_a_token_can_be_kept_in_any_case():
+    s = scores(10, 3).float()
+    s[:, 2] = -50.0
+    real = torch.arange(10) < torch.tensor([10, 4, 3])[:, None]
+    found = choose(s, real, 3.0, weigh, kept=torch.tensor([2, 2, 2]))
+    assert found.real.sum(1).tolist() == [4, 2, 1]
+    where = found.index == 2
+    assert (where.sum(1) == 1).all()
+    assert (found.weight[where] == 1).all()
+    others = choose(s[:1, [i for i in range(10) if i != 2]], real[:1, :9], 3.0, weigh)
+    assert torch.allclose(found.weight[0][~where[0]], others.weight[0], atol=1e-5)
+    assert found.weight[2].tolist() == [1.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_what_a_classifier_reads_is_always_chosen(kind):
+    """Else a block whose choice leaves it out has no part in the loss."""
+    base = tiny.bert() if kind == "bert" else LlamaForSequenceClassification(tiny.llama(num_labels=3).config)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 0, 0], [9, 8, 7, 6, 5, 4, 3]])
+    real = ids != tiny.PAD
+    model = training.disturb(coda(base, keep_read=True, eps=0.03), 0.05).train()
+    places = [0, 0] if kind == "bert" else [4, 6]
+    assert all(layer.deltas["default"].kept(real).tolist() == places for layer in routed(model))
+    model(input_ids=ids, attention_mask=real.long(), labels=torch.tensor([0, 1])).loss.backward()
+    learns = {n: p for n, p in model.named_parameters() if ".norm." in n and p.requires_grad}
+    assert learns
+    assert all(p.grad.any() for p in learns.values())
 
 
 # One block ----------------------------------------------------------------------------------------------

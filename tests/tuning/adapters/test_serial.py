@@ -1,5 +1,6 @@
 """Serial adapters: where they stand in each kind of block, what learns, and what is left when they go."""
 
+import contextlib
 import copy
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
 
 from luthier import checks, method
+from luthier.acceleration import fused_norm
 from luthier.errors import MethodError
 from luthier.tuning.attach import attach, trainable
 from luthier.tuning.merge import merge
@@ -216,6 +218,20 @@ def test_a_norm_with_a_changed_gain_computes_with_it():
     x, base = block_input(), tiny.llama().model.layers[0].input_layernorm
     layer.deltas["default"].norm["weight"].data += 0.5
     assert torch.allclose(layer(x), base(x) * 1.5, atol=1e-6)
+
+
+def test_norms_learn_under_the_fused_kernel_for_frozen_norms():
+    gradients = []
+    for kernel in (contextlib.nullcontext, fused_norm.fused):
+        model = training.disturb(serial(tiny.llama()), 0.1).train()
+        with kernel(model) if kernel is fused_norm.fused else kernel():
+            model(**training.batch(model)).loss.backward()
+        gradients.append(
+            {n: p.grad for n, p in model.named_parameters() if ".norm." in n and p.requires_grad}
+        )
+    assert gradients[0]
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

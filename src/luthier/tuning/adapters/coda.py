@@ -22,6 +22,10 @@ threshold; `iterative` is the paper's, `solver_iters` dual steps, whose sum stay
 The choice follows s, not m, where saturated weights tie. Of padding nothing is chosen, and k follows the real
 length.
 
+A classifier's head reads one token, the first (BERT) or the last (Llama). Where the last block does not
+choose it, what the blocks below found out does not reach the head, and nothing learns; with `keep_read` that
+token is always among the k, with m = 1. The paper's encoders feed a decoder, which reads all tokens.
+
 Start: W_down uniform, W_up and biases 0, w ~ N(0, 1 / d). The model starts otherwise than its base, unless
 r = 1.
 Trained: adapters, w, a new head, and every LayerNorm of the encoder (as differences from the base's). Frozen:
@@ -61,6 +65,7 @@ class Config(PlacedConfig):
     router_input: str = option(
         "hidden", "what w reads in a pre-norm block: the states or their norm", choices=("hidden", "normed")
     )
+    keep_read: bool = option(True, "in a classifier, the token that the head reads is always chosen")
     train_layernorm: bool = option(True, "every LayerNorm of the encoder learns too")
     layers_to_transform: list[int] | int | None = option(
         None, "indices of the blocks with adapters, within encoder and decoder each; default: all"
@@ -115,6 +120,7 @@ class Conditional(Delta):
         self.router = nn.Parameter(torch.randn(width) / width**0.5)
         self.reduction = config.reduction
         self.config = config
+        self.read = ""  # which token a head reads: "first" or "last"
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         made: Tensor = self.adapter(x, y)
@@ -125,6 +131,12 @@ class Conditional(Delta):
         read = normed if self.config.router_input == "normed" else states
         with torch.autocast(states.device.type, enabled=False):
             return read.to(self.router.dtype) @ self.router
+
+    def kept(self, real: Tensor) -> Tensor | None:
+        """The place (batch,) of a token that is chosen in any case; real (batch, n): False for padding."""
+        if self.read == "last":
+            return real.shape[1] - 1 - real.flip(1).int().argmax(1)
+        return real.int().argmax(1) if self.read == "first" else None
 
     def weigh(self, scores: Tensor, k: Tensor) -> Tensor:
         """Soft top-k (batch, n) of scores (batch, n)."""
@@ -149,6 +161,14 @@ class Tuner(PlacedTuner):
         layer: Any = RoutedLayer(base_layer, f"{self.prefix}delta", place.width, place.heard)
         layer.place = place
         return layer
+
+    def change(self, config: Config, name: str, place: Place) -> Delta:
+        made = super().change(config, name, place)
+        pools = structure.task(self.model) == "classification" and not self.model.config.is_encoder_decoder
+        if isinstance(made, Conditional) and config.keep_read and pools:
+            causal = any(getattr(module, "is_causal", False) for module in self.model.modules())
+            made.read = "last" if causal else "first"
+        return made
 
     def _create_and_replace(
         self,

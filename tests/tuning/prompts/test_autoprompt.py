@@ -89,6 +89,18 @@ def test_the_metric_is_the_likelihood_of_the_right_words(kind):
     assert found == pytest.approx(-loss_of(search.scorer.model, search, triggers, rows), abs=1e-5)
 
 
+def test_the_loss_can_hold_the_classes_against_each_other_only():
+    p, classes = torch.tensor([[0.02, 0.06], [0.3, 0.1]]), torch.tensor([1, 1])
+    assert torch.allclose(autoprompt.class_loss(p.log(), classes).exp(), 1 / torch.tensor([0.06, 0.1]))
+    found = autoprompt.class_loss(p.log(), classes, normalise=True)
+    assert torch.allclose(found.exp(), 1 / torch.tensor([0.75, 0.25]))
+    search = made(normalise=True, metric="likelihood")
+    rows, template = toy.rows(6), search._with(search._initial())
+    scores = TextPrompt({str(template): 1.0}, search.labels).class_scores(search.scorer, rows)
+    expected = -torch.nn.functional.cross_entropy(scores, search._classes(rows))
+    assert search._measure([template], rows)[0] == pytest.approx(float(expected), abs=1e-5)
+
+
 def test_order_of_the_rows_changes_nothing():
     search, rows = made(), toy.rows(12)
     template = search._with(search._initial())

@@ -16,6 +16,9 @@ becomes w, which up to a constant is
 
     score(w) = -e_w . g_j,      g_j = mean over a batch of d loss / d e_{t_j}        E (V, e), g_j (e)
 
+With `normalise` p(y | x, t) is divided by its sum over the classes: the search then parts the classes, and is
+not content to make their words likely. (Not in the paper; for models to which none of the words is likely.)
+
 The best `num_candidates` are then measured exactly, on a fresh batch, and the best of them is kept where it
 beats what stands there. The triggers returned are those that did best on held-out rows on the way.
 
@@ -80,6 +83,9 @@ class Config:
     metric: Literal["accuracy", "likelihood"] = option(
         "accuracy", "what a trigger must improve: accuracy or likelihood", choices=("accuracy", "likelihood")
     )
+    normalise: bool = option(
+        False, "hold the classes against each other only: p(y) over the sum of all classes' p, in the loss"
+    )
     slots: Literal["one", "all"] = option(
         "one", "candidates of a step for one random slot, or drawn from all", choices=("one", "all")
     )
@@ -120,8 +126,10 @@ def candidate_scores(embedding: Tensor, gradient: Tensor, allowed: Tensor) -> Te
     return scores.masked_fill(~allowed, float("-inf"))
 
 
-def class_loss(scores: Tensor, classes: Tensor) -> Tensor:
-    """-log p(y | x) of each row, from log p (rows, classes) of all classes."""
+def class_loss(scores: Tensor, classes: Tensor, normalise: bool = False) -> Tensor:
+    """-log p(y | x) of each row, from log p (rows, classes) of all classes; or of their share in the sum."""
+    if normalise:
+        scores = scores.log_softmax(-1)
     return -scores.gather(1, classes[:, None])[:, 0]
 
 
@@ -261,7 +269,8 @@ class _Search:
             with evaluating(scorer.model), torch.enable_grad(), scorer.input_vectors() as vectors:
                 log_probs = scorer.logits(clozes).log_softmax(-1)[:, self.words]
                 scores = label_scores(log_probs, self.groups)
-                loss = class_loss(scores, self._classes(part).to(scores.device)).sum()
+                classes = self._classes(part).to(scores.device)
+                loss = class_loss(scores, classes, self.config.normalise).sum()
                 (slope,) = torch.autograd.grad(loss, vectors[0])  # (batch, seq, e)
             for cloze, row in zip(clozes, slope.float().cpu(), strict=True):
                 if len(cloze.triggers) == self.config.num_triggers:
@@ -304,7 +313,7 @@ class _Search:
         classes = self._classes(rows)
         if self.config.metric == "accuracy":
             return (scores.argmax(-1) == classes).float().mean(1).tolist()
-        return [-float(class_loss(each, classes).mean()) for each in scores]
+        return [-float(class_loss(each, classes, self.config.normalise).mean()) for each in scores]
 
     def _classes(self, rows: Sequence[Row]) -> Tensor:
         return torch.tensor([self.names.index(class_name(row)) for row in rows])

@@ -21,6 +21,7 @@ OPTIONS = {
     "parallel": {"bottleneck_dim": 8},
     "coda": {"bottleneck_dim": 8},
     "kadaptation": {"phm_dim": 4},
+    "autolora": {"search_steps": 2},
 }
 # Options that depend on the model.
 MADE_FOR = {"fusion": lambda make: {"adapters": fused_sources.pfeiffer(make)}}
@@ -36,6 +37,7 @@ PROBLEMS = {
     "classification": (CLASSES, tiny.bert),
     "seq2seq": (ASKED, tiny.t5),
 }
+GOALS = {"pretrain": {"max_length": 64}}  # several blocks: a search splits them
 METHODS = [m.name for m in taxonomy.methods("tuning") if m.origin == "luthier" and not m.searches]
 OBJECTIVES = [m.name for m in taxonomy.methods("alignment") if m.origin == "luthier"]
 # Pairs that are refused in words.
@@ -64,7 +66,8 @@ def test_two_steps_move_what_learns(name, objective, tmp_path):
         made_for = MADE_FOR[name](make) if name in MADE_FOR else {}
         method = luthier.method(name)(**OPTIONS.get(name, {}), **made_for)
         model = BASES[name](make) if name in BASES else make()
-        return luthier.trainer(objective, model, file, method=method, args=args, tokenizer=tiny.tokenizer())
+        goal = luthier.method(objective)(**GOALS.get(objective, {}))
+        return luthier.trainer(goal, model, file, method=method, args=args, tokenizer=tiny.tokenizer())
 
     if (name, objective) in REFUSED:
         with pytest.raises(luthier.errors.MethodError, match=REFUSED[name, objective]):

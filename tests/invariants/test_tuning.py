@@ -32,6 +32,7 @@ OPTIONS = {
     "parallel": {"bottleneck_dim": 8},
     "coda": {"bottleneck_dim": 8},
     "kadaptation": {"phm_dim": 4},
+    "autolora": {"search_steps": 2},
 }
 # Options that depend on the model.
 MADE_FOR = {"fusion": lambda build: {"adapters": fused_sources.pfeiffer(build)}}

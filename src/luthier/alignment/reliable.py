@@ -76,6 +76,8 @@ class Reliable:
         for callback in (self._proof, Divergence(self), self._interrupt, self._progress):
             self.add_callback(callback)
         for callback in hooks.callbacks(self.model):
+            if hasattr(callback, "loss_of"):
+                callback.loss_of = self.batch_loss
             self.add_callback(callback)
 
     # Training ----------------------------------------------------------------------------------------
@@ -109,6 +111,13 @@ class Reliable:
             log.warning("Stopped at step %d. %s", self.state.global_step, self.last_good())
             raise KeyboardInterrupt
         return output
+
+    def batch_loss(self: Any, batch: dict[str, Any]) -> Tensor:
+        """The objective's loss on a batch of the collator's, for a method that trains beside the trainer."""
+        content_tokens(batch)
+        with self.compute_loss_context_manager():
+            loss: Tensor = self.compute_loss(self.model, self._prepare_inputs(batch))
+        return loss
 
     @property
     def interrupted(self) -> bool:

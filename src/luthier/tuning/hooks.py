@@ -3,7 +3,7 @@
 A method says so on its config, by duck typing: `callbacks(model)`, `parameter_groups(model, args)` and
 `row_inputs(rows)`. A trainer asks here and need not know the method:
 
-    trainer callbacks      += callbacks(model)
+    trainer callbacks      += callbacks(model), which get its loss where they have an attribute loss_of
     optimizer's parameters  = parameter_groups(model, args) or the trainer's own
     the model's inputs     += row_inputs(model, rows), one number a row
 """

@@ -29,9 +29,15 @@ def option(
     le: float | None = None,
     lt: float | None = None,
     choices: tuple | None = None,
+    artefacts: bool = False,
 ) -> Any:
-    """A dataclass field with its sentence of help and its valid range."""
+    """A dataclass field with its sentence of help and its valid range.
+
+    Args:
+        artefacts: a list of folders; in a recipe also of names of earlier stages, whose output is meant.
+    """
     metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
+    metadata["artefacts"] = artefacts
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -50,6 +56,7 @@ class Option:
     le: float | None = None
     lt: float | None = None
     choices: tuple | None = None
+    artefacts: bool = False
     line: int = 0
 
     @property

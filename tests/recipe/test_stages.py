@@ -123,7 +123,7 @@ class TestTune:
         AutoModelForCausalLM.from_pretrained(stage.artefact)
 
     def test_a_second_method_needs_the_first_one_merged(self, place):
-        with pytest.raises(RecipeError, match=r"carries an adapter already.*export"):
+        with pytest.raises(RecipeError, match=r"carries the adapter of stage 'tune' already.*export"):
             run(recipe(place, TUNE, TUNE, name="twice"))
 
 

@@ -64,7 +64,7 @@ def test_sound_recipes_pass(problems, stages):
         ((CLASSIFY, evaluate("exact_match")), "stages.1.evaluate.metrics.0", "exact_match cannot be"),
         ((CLASSIFY, evaluate()), "stages.1.evaluate.metrics.0", "perplexity cannot be measured"),
         ((tune(), evaluate("accuracy")), "stages.1.evaluate.metrics.0", "on a causal model"),
-        ((tune(), CLASSIFY), "stages.1.tune.objective", "the recipe's model is causal"),
+        ((tune(method="top_layers"), CLASSIFY), "stages.1.tune.objective", "the recipe's model is causal"),
         ((tune(method="full"), export(merge=True)), "stages.1.export.merge", "full leaves nothing to merge"),
         ((tune(method="full"), export(format="adapter")), "stages.1.export.format", "no adapter to export"),
         ((export(format="adapter"),), "stages.0.export.format", "no stage before it tunes"),

@@ -216,8 +216,9 @@ class Divergence(TrainerCallback):
     """Stops a run whose loss explodes, with the checkpoints that it has.
 
     The mean loss of ten steps is held against the lowest such mean so far, and against the loss of the first
-    step, which is the untrained model's: beyond three times that and two nats, nothing useful is left. A loss or gradient that is not finite stops the run at once, before the
-    weights take it up (`luthier.alignment.reliable`).
+    step, which is the untrained model's: beyond three times that and two nats, nothing useful is left. A loss
+    or gradient that is not finite stops the run at once, before the weights take it up
+    (`luthier.alignment.reliable`).
     """
 
     def __init__(self, trainer: Any):

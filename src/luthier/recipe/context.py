@@ -25,7 +25,7 @@ from luthier.models.loading import load, load_onto
 from luthier.models.placement import Placement, place
 from luthier.recipe.inputs import Upstream, model_input
 from luthier.recipe.manifest import Manifest
-from luthier.recipe.schema import Recipe
+from luthier.recipe.schema import MethodSpec, Recipe
 from luthier.resources import release_memory
 
 log = logging.getLogger("luthier.recipe")
@@ -198,6 +198,7 @@ class Context:
         earlier: manifests of the stages before, in order.
         resume: whether `work/checkpoints` holds what an interrupted session left.
         expected_memory: the plan's estimate of this stage's peak in bytes.
+        outputs: the artefact folder of each earlier stage that has one, by its name.
         placement: how the model that the stage took is held; None before it took one.
     """
 
@@ -209,7 +210,16 @@ class Context:
     earlier: tuple[Manifest, ...] = ()
     resume: bool = False
     expected_memory: int | None = None
+    outputs: dict[str, Path] = field(default_factory=dict)
     placement: Placement | None = field(default=None, init=False)
+
+    def method(self, spec: MethodSpec) -> Any:
+        """The config of a method; where its options name stages, it gets their folders."""
+        folders = {
+            option: [str(self.outputs.get(name, name)) for name in names]
+            for option, names in spec.artefacts.items()
+        }
+        return spec.method(**spec.options | folders)
 
     def model(self) -> tuple[Any, PreTrainedTokenizerBase]:
         """The model as the stages before left it, to be read only, and a tokenizer."""

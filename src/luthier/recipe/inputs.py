@@ -1,6 +1,6 @@
 """What a stage's result depends on, hashed by content: model, data, own methods, the stage before."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,32 @@ class Upstream:
     prompt: bool = False
 
 
-def stage_identity(recipe: Recipe, stage: Stage, upstream: Upstream | None) -> dict[str, Any]:
+@dataclass
+class Trail:
+    """What the stages so far have left.
+
+    Attributes:
+        last: what the next stage reads, unless it starts `from_base`.
+        outputs: the output of each stage that has one, by its name.
+    """
+
+    last: Upstream | None = None
+    outputs: dict[str, Upstream] = field(default_factory=dict)
+
+    def before(self, stage: Stage) -> Upstream | None:
+        """What `stage` reads."""
+        return None if isinstance(stage, TuneStage) and stage.from_base else self.last
+
+    def add(self, stage: Stage, output: Upstream | None) -> None:
+        """Take up what `stage` has left: None, or what it read, where it left nothing of its own."""
+        if output is not self.before(stage) and output is not None:
+            self.outputs[stage.name] = output
+        self.last = output
+
+
+def stage_identity(recipe: Recipe, stage: Stage, trail: Trail) -> dict[str, Any]:
     """Everything that decides whether `stage` must run again (`Manifest.identity`)."""
+    upstream = trail.before(stage)
     inputs: dict[str, Any] = {"model": model_input(recipe.model)}
     if upstream is not None:
         inputs["upstream"] = {"sha256": upstream.sha256}
@@ -48,6 +72,12 @@ def stage_identity(recipe: Recipe, stage: Stage, upstream: Upstream | None) -> d
         inputs["prompt"] = {
             "sha256": hash_files([path / PROMPT_FILE if path.is_dir() else path], path.parent)
         }
+    if isinstance(stage, TuneStage):
+        named = [name for names in stage.method.artefacts.values() for name in names]
+        for name in named:
+            output = trail.outputs.get(name)
+            sha256 = _model_hash(name, None) if output is None else output.sha256
+            inputs[f"artefact {name}"] = {"sha256": sha256}
     for name in ("method", "objective"):
         spec = getattr(stage, name, None)
         if spec is not None and spec.method.origin != "luthier":

@@ -9,7 +9,7 @@ import logging
 import shutil
 import statistics
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -26,6 +26,7 @@ from luthier.models import quantized, sources, structure
 from luthier.models.placement import Placement, place
 from luthier.recipe import footprint, leakage, machine
 from luthier.recipe.arguments import training_arguments
+from luthier.recipe.context import count_labels
 from luthier.recipe.leakage import stage_data
 from luthier.recipe.schema import EvaluateStage, ExportStage, Recipe, Stage, TuneStage, is_adapter
 from luthier.recipe.survey import Amount, amount
@@ -245,9 +246,14 @@ class _Base:
 
     def model(self, placement: Placement) -> Any:
         assert self.recipe.model.task is not None
-        return footprint.skeleton(
-            self.config, self.recipe.model.task, placement, self.recipe.model.num_labels
-        )
+        return footprint.skeleton(self.config, self.recipe.model.task, placement, self.num_labels)
+
+    @cached_property
+    def num_labels(self) -> int | None:
+        """Classes, as the recipe says or as they are counted when the model is loaded."""
+        if self.recipe.model.num_labels is None and self.recipe.model.task == "classification":
+            return count_labels(self.recipe)
+        return self.recipe.model.num_labels
 
     def amount(self, stage: TuneStage | EvaluateStage) -> Amount:
         held_out = getattr(stage, "eval_data", None)
@@ -260,7 +266,8 @@ class _Base:
 def _stage(base: _Base, index: int) -> StagePlan:
     stage = base.recipe.stages[index]
     if isinstance(stage, TuneStage):
-        return _search(base, stage) if stage.searches else _tune(base, stage)
+        before = [s for s in base.recipe.stages[:index] if isinstance(s, TuneStage)]
+        return _search(base, stage) if stage.searches else _tune(base, stage, before)
     tuned = next((s for s in reversed(base.recipe.stages[:index]) if isinstance(s, TuneStage)), None)
     if isinstance(stage, EvaluateStage):
         return _evaluate(base, stage, tuned)
@@ -286,9 +293,21 @@ def _argument(stage: TuneStage, name: str) -> Any:
     return stage.training.get(name, training_arguments()[name].default)
 
 
-def _tune(base: _Base, stage: TuneStage) -> StagePlan:
-    placement = base.placement(train=not is_adapter(stage.method))
+def _method(base: _Base, stage: TuneStage, before: Sequence[TuneStage]) -> Any:
+    """The config of a stage's method; adapters of earlier stages are told by the methods that train them."""
     method = stage.method.method(**stage.method.options)
+    named = {name for names in stage.method.artefacts.values() for name in names}
+    trained = {s.name: s.method.method(**s.method.options) for s in before if s.name in named}
+    if trained:
+        placement = base.placement(train=False)
+        tuners = {name: footprint.attach(base.model(placement), made) for name, made in trained.items()}
+        method.plan_with(tuners)
+    return method
+
+
+def _tune(base: _Base, stage: TuneStage, before: Sequence[TuneStage] = ()) -> StagePlan:
+    placement = base.placement(train=not is_adapter(stage.method))
+    method = _method(base, stage, before)
     model = footprint.attach(base.model(placement), method)
     trainable, total = trained(model)
     weights, added, _ = footprint.sizes(model)

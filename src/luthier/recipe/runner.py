@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from luthier import checks
 from luthier.errors import LuthierError, RecipeError, ResourceError, did_you_mean
 from luthier.recipe import stages
-from luthier.recipe.inputs import Upstream, stage_identity
+from luthier.recipe.inputs import Trail, Upstream, stage_identity
 from luthier.recipe.manifest import (
     Manifest,
     StageFolder,
@@ -235,13 +235,13 @@ class _Work:
     def _survey(self) -> list[Path | None]:
         """Where each stage's result is already; None for one that will run, or that reads one which will."""
         found: list[Path | None] = []
-        upstream: Upstream | None = None
+        trail = Trail()
         known = True
         for i, (stage, folder) in enumerate(zip(self.recipe.stages, self.folders, strict=True)):
-            place = self._result(i, stage_identity(self.recipe, stage, upstream)) if known else None
+            place = self._result(i, stage_identity(self.recipe, stage, trail)) if known else None
             found.append(place)
             if place is not None:
-                upstream = _upstream(place, folder.final, upstream)
+                trail.add(stage, _upstream(place, folder.final, trail.before(stage)))
             elif stage.kind != "evaluate":
                 known = False  # the model that comes out is not known beforehand
         return found
@@ -258,12 +258,12 @@ class _Work:
     def go(self) -> Run:
         result = Run(self.recipe.name, self.folder)
         self._open_record()
-        upstream: Upstream | None = None
+        trail = Trail()
         try:
             self._take_over()
-            for i, folder in enumerate(self.folders):
-                result.stages.append(self._stage(i, upstream, [s.manifest for s in result.stages]))
-                upstream = _upstream(folder.final, folder.final, upstream)
+            for i, (stage, folder) in enumerate(zip(self.recipe.stages, self.folders, strict=True)):
+                result.stages.append(self._stage(i, trail, [s.manifest for s in result.stages]))
+                trail.add(stage, _upstream(folder.final, folder.final, trail.before(stage)))
             self._set_strangers_aside()
         except BaseException as error:
             if self.models is not None:
@@ -287,16 +287,16 @@ class _Work:
         except Exception as error:  # it must not hide what went wrong before it
             log.warning("the report could not be written: %s", error)
 
-    def _stage(self, i: int, upstream: Upstream | None, earlier: list[Manifest]) -> StageRun:
+    def _stage(self, i: int, trail: Trail, earlier: list[Manifest]) -> StageRun:
         """Find the stage's result, or make it."""
         folder = self.folders[i]
-        identity = stage_identity(self.recipe, self.recipe.stages[i], upstream)
+        identity = stage_identity(self.recipe, self.recipe.stages[i], trail)
         found = self._result(i, identity)
         if found is None:
             reason = self._reason(i, identity)
             log.info("%s: runs, because %s", folder.label, reason)
             self._note(i, status="running", reason=reason)
-            manifest = self._execute(i, identity, upstream, earlier)
+            manifest = self._execute(i, identity, trail, earlier)
             done = StageRun(folder.final, "done", reason, manifest)
         else:
             folder.discard()
@@ -342,9 +342,7 @@ class _Work:
             return "it was interrupted"
         return "it has not run yet"
 
-    def _execute(
-        self, i: int, identity: dict[str, Any], upstream: Upstream | None, earlier: list[Manifest]
-    ) -> Manifest:
+    def _execute(self, i: int, identity: dict[str, Any], trail: Trail, earlier: list[Manifest]) -> Manifest:
         from luthier.recipe.context import Context, Models
 
         stage, folder = self.recipe.stages[i], self.folders[i]
@@ -357,10 +355,11 @@ class _Work:
             self.folder,
             session.folder,
             self.models,
-            upstream,
+            trail.before(stage),
             tuple(earlier),
             session.has_checkpoint,
             planned.memory.total if planned is not None else None,
+            {name: output.artefact for name, output in trail.outputs.items()},
         )
         started = datetime.now().astimezone()
         release_memory()
@@ -398,7 +397,7 @@ class _Work:
         folder.publish(manifest)
         if result.left is not None:
             model, tokenizer, train = result.left
-            output = _upstream(folder.final, folder.final, upstream)
+            output = _upstream(folder.final, folder.final, trail.before(stage))
             assert output is not None
             context.settle(model, tokenizer, output, train=train)
         return manifest

@@ -149,6 +149,12 @@ class MethodSpec(Strict):
     def method(self) -> taxonomy.Method:
         return taxonomy.find(self.name, self.branch)
 
+    @property
+    def artefacts(self) -> dict[str, list[str]]:
+        """Options that name folders or earlier stages, with what they name."""
+        known = [option.name for option in self.method.options() if option.artefacts]
+        return {name: self.options[name] for name in known if name in self.options}
+
     @model_serializer
     def _as_written(self) -> dict[str, Any]:
         return {"name": self.name, **self.options}
@@ -257,6 +263,8 @@ class TuneStage(Stage):
     """What the model learns from."""
     training: Annotated[dict[str, Any], WithJsonSchema(training_schema())] = Field(default_factory=dict)
     """Fields of transformers.TrainingArguments."""
+    from_base: bool = False
+    """Start from the recipe's model, whatever the stages before have left."""
 
     @field_validator("training")
     @classmethod

@@ -147,6 +147,7 @@ def _tune(draft: Draft, place: tuple[str | int, ...], stage: TuneStage) -> Itera
     yield from _data(draft, (*place, "data"), stage.data)
     yield from _data(draft, (*place, "eval_data"), stage.eval_data)
     yield from _method(place, stage)
+    yield from _start(draft, place, stage)
     training = stage.training
     if stage.eval_data is None:
         for key in ("eval_strategy", "eval_steps", "load_best_model_at_end", "eval_on_start"):
@@ -164,6 +165,31 @@ def _tune(draft: Draft, place: tuple[str | int, ...], stage: TuneStage) -> Itera
         yield (*place, "training", "report_to"), *found
     if training.get("bf16") and training.get("fp16"):
         yield (*place, "training", "fp16"), "bf16 and fp16 exclude each other", "Keep one."
+
+
+def _start(draft: Draft, place: tuple[str | int, ...], stage: TuneStage) -> Iterator[Problem]:
+    """What a tune stage stands on, and the stages or folders that its method names."""
+    before = draft.stages[: int(place[1])]
+    if None in before:
+        return
+    changed = next((s for s in reversed(before) if isinstance(s, TuneStage | ExportStage)), None)
+    if (
+        isinstance(changed, TuneStage)
+        and is_adapter(changed.method)
+        and not (stage.from_base or changed.searches)
+    ):
+        fix = "Put `- export: {merge: true}` between the two, or write from_base: true."
+        yield place, f"the model carries the adapter of stage '{changed.name}' already", fix
+    adapters = [
+        s.name for s in before if isinstance(s, TuneStage) and is_adapter(s.method) and not s.searches
+    ]
+    for option, names in stage.method.artefacts.items():
+        for index, name in enumerate(names):
+            if name not in adapters and not Path(name).expanduser().exists():
+                known = f"Adapters of stages before: {', '.join(adapters)}." if adapters else None
+                fix = known or "Name a folder with an adapter, or a stage before this one that trains one."
+                at = (*place, "method", option, index)
+                yield at, f"there is no adapter '{name}', neither of a stage before nor in such a folder", fix
 
 
 def _search(draft: Draft, place: tuple[str | int, ...], stage: TuneStage) -> Iterator[Problem]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -77,6 +78,19 @@ class Trained:
                 tensors.setdefault(module, {})[inside] = tensor
         sha256 = hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest()
         return cls(config, sorted(tensors), sha256, tensors)
+
+    @classmethod
+    def of_model(cls, model: PeftModel) -> "Trained":
+        """An adapter on a model, without its weights.
+
+        Raises:
+            MethodError: it makes no change of hidden states.
+        """
+        config = model.peft_config[model.active_adapter]
+        if reason := why_not(config):
+            raise MethodError(f"The adapter of {type(config).__module__} cannot be taken: {reason}.")
+        layers = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+        return cls(config, sorted(name.removeprefix(ROOT) for name in layers), "")
 
     @classmethod
     def of_record(cls, record: dict[str, Any]) -> "Trained":

@@ -35,9 +35,10 @@ def run(stage: TuneStage, context: Context) -> StageResult:
     if context.upstream is not None and context.upstream.adapter:
         raise RecipeError(
             f"Stage '{stage.name}' tunes a model that carries an adapter already.",
-            fix="Merge it before: put the stage `- export: {merge: true}` between the two.",
+            fix="Merge it before: put the stage `- export: {merge: true}` between the two. Or write "
+            "from_base: true, to start from the recipe's model again.",
         )
-    method = stage.method.method(**stage.method.options)
+    method = context.method(stage.method)
     objective = stage.objective.method(**stage.objective.options)
     learns = not is_adapter(stage.method)
     data, held_out = stage_data(stage, context.work)

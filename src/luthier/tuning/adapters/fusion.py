@@ -52,7 +52,9 @@ from luthier.tuning.tuner import Delta
 class Config(PlacedConfig):
     """Options of AdapterFusion."""
 
-    adapters: list[str] = option([], "folders of the trained adapters, or of the runs that trained them")
+    adapters: list[str] = option(
+        [], "folders of the trained adapters or of their runs; in a recipe also stages", artefacts=True
+    )
     value_regularization: float = option(0.01, "lambda, by which W_V is held at the identity", ge=0)
     fusion_dropout: float | None = option(
         None, "dropout on the scores; default: that of the model's attention", ge=0, lt=1
@@ -64,6 +66,11 @@ class Config(PlacedConfig):
     @property
     def starts_as_base(self) -> bool:
         return False
+
+    def plan_with(self, tuned: dict[str, PeftModel]) -> None:
+        """Note adapters that are yet to be trained, each on a model of its own, by their names."""
+        found = [Trained.of_model(tuned[n]) if n in tuned else Trained.read(n) for n in self.adapters]
+        self.sources = [adapter.record() for adapter in found]
 
     def why_not_alone(self) -> str:
         return "it is a fusion itself"

@@ -20,6 +20,7 @@ from luthier.data.masking import Prefix
 from luthier.data.tokenize import prompt_text, uses_chat
 from luthier.errors import DataError
 from luthier.evaluation.likelihood import token_log_probs
+from luthier.tuning.hooks import row_inputs
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ def rank(
             border = len(prompt) if as_chat else len(prompt.rstrip())
             sequences.append(_joint(tokenizer, prompt + between + choice, border, prefix))
             lengths.append(max(len(choice), 1))
-    values = [float(p.double().sum()) for p in token_log_probs(model, sequences, batch_size=batch_size)]
+    inputs = row_inputs(model, [row for row in loaded.records for _ in row["choices"]])
+    found = token_log_probs(model, sequences, batch_size=batch_size, inputs=inputs)
+    values = [float(p.double().sum()) for p in found]
     ranked, at = [], 0
     for row in loaded.records:
         part = slice(at, at := at + len(row["choices"]))

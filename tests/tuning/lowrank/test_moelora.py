@@ -288,6 +288,24 @@ def test_a_classifier_is_asked_under_the_task_of_each_row(tmp_path):
         assert prediction["prediction"] == str(int(logits.argmax()))
 
 
+def test_choices_are_ranked_under_the_task_of_each_row(tmp_path):
+    model = learnt()
+    rows = [
+        {"prompt": f"What is {i}?", "choices": ["One.", "Two."], "label": 0, "task": TASKS[i]}
+        for i in range(3)
+    ]
+    file = written(tmp_path / "rows.jsonl", rows)
+    found = luthier.evaluate(model, file, metrics=["multiple_choice"], tokenizer=tiny.tokenizer())
+    for i, task in enumerate(TASKS):
+        other = copy.deepcopy(model)
+        set_task(other, task)
+        bare = [{k: v for k, v in rows[i].items() if k != "task"}]
+        file = written(tmp_path / f"{task}.jsonl", bare)
+        alone = luthier.evaluate(other, file, metrics=["multiple_choice"], tokenizer=tiny.tokenizer())
+        expected = alone.predictions[0]["log_likelihoods"]
+        assert found.predictions[i]["log_likelihoods"] == pytest.approx(expected, rel=1e-4)
+
+
 # One task --------------------------------------------------------------------------------------------------
 
 

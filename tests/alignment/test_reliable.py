@@ -189,7 +189,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too(tmp_path):
 
 def test_a_loss_that_explodes_at_once_is_held_against_the_first_step():
     """Such a run is worse than no training from its second step on, and never gets better."""
-    trainer = SimpleNamespace(step_loss=2.3, last_good=lambda: "There is no checkpoint.")
+    trainer = SimpleNamespace(
+        step_loss=2.3, last_good=lambda: "There is no checkpoint.", forget_checkpoints=lambda after: None
+    )
     watch, args = Divergence(trainer), SimpleNamespace(learning_rate=50.0)
 
     def steps():
@@ -209,6 +211,8 @@ def test_an_exploding_loss_stops_the_run(tmp_path):
     with pytest.raises(TrainingError, match=r"exploded|not finite|nan|inf"):
         trainer.train()
     assert trainer.state.global_step < 60
+    kept = [int(folder.name.rpartition("-")[2]) for folder in tmp_path.glob("checkpoint-*")]
+    assert max(kept, default=0) <= max(0, trainer.state.global_step - 10)
 
 
 def test_a_loss_that_falls_and_wavers_goes_on(tmp_path):

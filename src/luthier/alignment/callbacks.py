@@ -213,7 +213,7 @@ def _owner(name: str, tuners: set[str]) -> str:
 
 
 class Divergence(TrainerCallback):
-    """Stops a run whose loss explodes, with the checkpoints that it has.
+    """Stops a run whose loss explodes, with the checkpoints from before.
 
     The mean loss of ten steps is held against the lowest such mean so far, and against the loss of the first
     step, which is the untrained model's: beyond three times that and two nats, nothing useful is left. A loss
@@ -236,8 +236,10 @@ class Divergence(TrainerCallback):
             return
         mean = sum(self.recent) / WINDOW
         if mean > EXPLODED * self.lowest + MARGIN:
+            start = state.global_step - WINDOW
+            self.trainer.forget_checkpoints(after=start)
             raise TrainingError(
-                f"The loss exploded: {mean:.3g} on average over steps {state.global_step - WINDOW + 1} to "
+                f"The loss exploded: {mean:.3g} on average over steps {start + 1} to "
                 f"{state.global_step}, after {self.lowest:.3g}. {self.trainer.last_good()}",
                 fix=f"Lower learning_rate (now {args.learning_rate:g}), or warm up longer.",
             )

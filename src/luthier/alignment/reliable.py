@@ -224,6 +224,13 @@ class Reliable:
         last = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
         return f"The last checkpoint is {last}." if last else "There is no checkpoint yet."
 
+    def forget_checkpoints(self: Any, after: int) -> None:
+        """Remove the checkpoints of steps later than `after`, whose weights have gone astray."""
+        for folder in Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            number = folder.name.rpartition("-")[2]
+            if number.isdigit() and int(number) > after:
+                shutil.rmtree(folder)
+
     def _get_output_dir(self: Any, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)  # type: ignore[misc]
         return os.path.join(folder, DRAFT) if getattr(self, "_drafting", False) else folder

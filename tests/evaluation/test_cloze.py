@@ -8,7 +8,7 @@ from torch import nn
 
 from luthier import method
 from luthier.errors import MethodError, ModelError
-from luthier.evaluation.cloze import Scorer, Template, label_scores
+from luthier.evaluation.cloze import Cloze, Scorer, Template, label_scores
 from luthier.tuning.attach import attach
 
 ROWS = [{"text": "bright film"}, {"text": "a dull story the plot"}, {"text": "music"}]
@@ -93,6 +93,27 @@ def test_pieces_of_words_are_read_as_the_whole_text_is(make):
     found = scorer.encode(Template.of("{text} does not {mask}"), [row])[0]
     assert found.ids == tokenizer("The printer of the second floor does not")["input_ids"]
     assert found.gap == len(found.ids) - 1
+
+
+@pytest.mark.parametrize("make", [toy.trained, toy.untrained, tiny.llama, tiny.gpt2])
+def test_texts_that_begin_alike_are_read_as_whole_ones_are(make, monkeypatch):
+    own = make in (tiny.llama, tiny.gpt2)
+    model, tokenizer = make() if own else make("llama"), tiny.tokenizer() if own else toy.tokenizer()
+    scorer = Scorer(model, tokenizer, batch_size=1)
+    ends = ["was {mask}", "was the plot the {mask}", "{mask}"]
+    clozes = [scorer.encode(Template.of(f"{{text}} {end}"), ROWS) for end in ends]
+    expected = torch.stack([scorer.log_probs(each, [7, 8, 9]) for each in clozes], 1)
+    monkeypatch.setattr(Scorer, "log_probs", None)
+    found = scorer.variant_log_probs(list(zip(*clozes, strict=True)), [7, 8, 9])
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_texts_that_begin_apart_are_read_whole():
+    scorer = Scorer(toy.untrained("llama"), toy.tokenizer())
+    clozes = [scorer.encode(Template.of(text), ROWS) for text in ("{text} {mask}", "the {text} {mask}")]
+    without = [[Cloze(c.ids[1:], c.gap - 1, []) for c in each] for each in clozes]  # without <cls>
+    found = scorer.variant_log_probs(list(zip(*without, strict=True)), [7])
+    assert torch.allclose(found[:, 1], scorer.log_probs(without[1], [7]), atol=1e-6)
 
 
 def test_the_head_computes_the_gaps_only():

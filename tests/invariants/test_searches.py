@@ -72,7 +72,7 @@ def test_what_is_found_is_a_text_that_scores_as_it_says(name, kind, tmp_path):
 
 @every
 def test_interrupted_it_goes_on_to_the_same_end(name, kind, tmp_path, monkeypatch):
-    straight, whole, calls = found(name, kind), Scorer.log_probs, []
+    straight, whole, calls = found(name, kind), Scorer.encode, []
 
     def counted(*arguments, stop=None):
         calls.append(1)
@@ -80,16 +80,16 @@ def test_interrupted_it_goes_on_to_the_same_end(name, kind, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return whole(*arguments)
 
-    monkeypatch.setattr(Scorer, "log_probs", counted)
+    monkeypatch.setattr(Scorer, "encode", counted)
     assert found(name, kind) == straight
     needed = len(calls)
     calls.clear()
-    monkeypatch.setattr(Scorer, "log_probs", partialmethod(counted, stop=needed))
+    monkeypatch.setattr(Scorer, "encode", partialmethod(counted, stop=needed))
     with pytest.raises(KeyboardInterrupt):
         found(name, kind, folder=tmp_path)
     assert list(tmp_path.glob("checkpoint-*"))  # by this name a recipe's runner knows it
     calls.clear()
-    monkeypatch.setattr(Scorer, "log_probs", counted)
+    monkeypatch.setattr(Scorer, "encode", counted)
     assert found(name, kind, folder=tmp_path) == straight
     assert len(calls) < needed
 

@@ -24,8 +24,10 @@ from string import Formatter
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from luthier.data.masking import Prefix
 from luthier.errors import MethodError, ModelError, did_you_mean
@@ -38,6 +40,7 @@ COLUMNS = ("text", "text_pair")
 PLACES = (*COLUMNS, "mask", "triggers")
 SENTINEL = "<extra_id_0>"
 UNLIMITED = 1 << 20  # tokens
+ENDS = 4  # times as many ends of texts go through the model at once as whole texts
 Kind = Literal["masked", "causal", "seq2seq"]
 How = Literal["sum", "mean"]
 
@@ -331,22 +334,74 @@ class Scorer:
                 found[batch] = logits.log_softmax(-1)[:, index.to(logits.device)].cpu()
         return found
 
+    def variant_log_probs(self, variants: Sequence[Sequence[Cloze]], words: Sequence[int]) -> Tensor:
+        """The same for many texts that begin alike, such as one row in several templates.
+
+        A causal model reads the beginning that a row's variants share once, and keeps its keys and values.
+
+        Args:
+            variants: for each row equally many.
+
+        Returns:
+            (rows, variants, words).
+        """
+        count = len(variants[0])
+        begin = [_shared([cloze.ids for cloze in row]) for row in variants]
+        if not self._caches or count == 1 or not all(begin):
+            flat = [cloze for row in variants for cloze in row]
+            return self.log_probs(flat, words).view(len(variants), count, -1)
+        index = torch.tensor(list(words), dtype=torch.long, device=self.base.device)
+        found = torch.empty(len(variants), count, len(index))
+        order = sorted(range(len(variants)), key=lambda i: -begin[i])
+        step = max(1, ENDS * self.batch_size // count)  # ends are short
+        with evaluating(self.model):
+            for start in range(0, len(order), step):
+                batch = order[start : start + step]
+                logits = self._end_logits([variants[i] for i in batch], [begin[i] for i in batch])
+                found[batch] = logits.log_softmax(-1)[:, index].view(len(batch), count, -1).cpu()
+        return found
+
+    @cached_property
+    def _caches(self) -> bool:
+        """Whether keys and values of a beginning serve several ends: plain attention, nothing learnt."""
+        if self.kind != "causal" or isinstance(self.model, PeftModel):
+            return False
+        one = torch.zeros(1, 1, dtype=torch.long, device=self.base.device)
+        with evaluating(self.model):
+            cache = self.base.base_model(input_ids=one, use_cache=True).get("past_key_values")
+        return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+    def _end_logits(self, variants: Sequence[Sequence[Cloze]], begin: Sequence[int]) -> Tensor:
+        """Logits (rows x variants, vocab) at the gaps; each row's variants share its first `begin` tokens."""
+        device, count = self.base.device, len(variants[0])
+        starts, seen = _padded([row[0].ids[:n] for row, n in zip(variants, begin, strict=True)], device)
+        cache = self.base.base_model(input_ids=starts, attention_mask=seen, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(count)
+        ends = [cloze.ids[n:] for row, n in zip(variants, begin, strict=True) for cloze in row]
+        ids, mask = _padded(ends, device)
+        lengths = mask.sum(1, keepdim=True)
+        first = torch.tensor(begin, device=device).repeat_interleave(count)[:, None]
+        at = torch.arange(ids.shape[1], device=device)
+        options = {
+            "input_ids": ids,
+            "attention_mask": torch.cat([seen.repeat_interleave(count, 0), mask], 1),
+            "position_ids": first + torch.minimum(at, lengths - 1),  # padding must not leave a table
+            "past_key_values": cache,
+        }
+        with self._only_gaps(lengths[:, 0] - 1):
+            logits: Tensor = self.model(**options).logits[:, -1].float()
+        return logits
+
     def logits(self, clozes: Sequence[Cloze]) -> Tensor:
         """Logits (clozes, vocab) in fp32 at the gaps of one batch; the head computes no other.
 
         Differentiable: dropout and gradients are the caller's business.
         """
         device = self.base.device
-        longest = max(len(cloze.ids) for cloze in clozes)
-        # Padding stands on the right, where a causal model's tokens do not see it.
-        ids = torch.full((len(clozes), longest), self.tokenizer.pad_token_id or 0)
-        mask = torch.zeros_like(ids)
-        for row, cloze in enumerate(clozes):
-            ids[row, : len(cloze.ids)] = torch.tensor(cloze.ids)
-            mask[row, : len(cloze.ids)] = 1
-        options: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        ids, mask = _padded([cloze.ids for cloze in clozes], device, self.tokenizer.pad_token_id or 0)
+        options: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         # Counted from the end: a learnt prompt may stand before the text.
-        columns = torch.tensor([cloze.gap - longest for cloze in clozes], device=device)
+        columns = torch.tensor([cloze.gap - ids.shape[1] for cloze in clozes], device=device)
         if self.kind == "seq2seq":
             start = [self.base.config.decoder_start_token_id, self.tokenizer.convert_tokens_to_ids(SENTINEL)]
             options["decoder_input_ids"] = torch.tensor([start] * len(clozes), device=device)
@@ -414,6 +469,22 @@ def label_scores(log_probs: Tensor, groups: Sequence[Sequence[int]], how: How = 
     if how == "mean":  # log p differs from the logit by the same for all words of a gap
         return torch.stack([part.mean(1) for part in columns], 1)
     return torch.stack([part.logsumexp(1) for part in columns], 1)
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device, pad: int = 0) -> tuple[Tensor, Tensor]:
+    """Ids and mask (rows, longest), padded on the right, where a causal model's tokens do not see it."""
+    ids = torch.full((len(rows), max(map(len, rows))), pad)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _shared(texts: Sequence[Sequence[int]]) -> int:
+    """How many tokens at the beginning all texts share, the last of the shortest left out."""
+    longest = min(map(len, texts)) - 1
+    return next((i for i in range(longest) if len({text[i] for text in texts}) > 1), longest)
 
 
 def _kind(model: nn.Module) -> Kind:

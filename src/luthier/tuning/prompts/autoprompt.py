@@ -307,9 +307,10 @@ class _Search:
 
     def _measure(self, templates: Sequence[Template], rows: Sequence[Row]) -> list[float]:
         """The metric of each template on the same rows; higher is better."""
-        clozes = [cloze for template in templates for cloze in self.scorer.encode(template, rows)]
-        log_probs = self.scorer.log_probs(clozes, self.words)
-        scores = label_scores(log_probs, self.groups).view(len(templates), len(rows), -1)
+        variants = list(zip(*(self.scorer.encode(each, rows) for each in templates), strict=True))
+        log_probs = self.scorer.variant_log_probs(variants, self.words)  # (rows, templates, words)
+        scores = label_scores(log_probs.transpose(0, 1).flatten(0, 1), self.groups)
+        scores = scores.view(len(templates), len(rows), -1)
         classes = self._classes(rows)
         if self.config.metric == "accuracy":
             return (scores.argmax(-1) == classes).float().mean(1).tolist()

@@ -74,7 +74,7 @@ TASKS = {
     "sst2": Task(
         model={"name": "minilm", "task": "classification"},
         tune={
-            "data": {"path": f"{DATA}/sst2_train.tsv", "columns": SST2, "limit": 2000},
+            "data": {"path": f"{DATA}/sst2_train.tsv", "columns": SST2, "limit": 800},
             "objective": {"name": "classification", "max_length": 64},
             "training": {"num_train_epochs": 3, "per_device_train_batch_size": 16, "warmup_steps": 0.1},
         },

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import ModelError, did_you_mean
 from luthier.models import structure
+from luthier.resources import release_memory
 
 # (type, double quantisation) and bits a weight.
 KINDS: dict[str, tuple[tuple[str, bool], float]] = {
@@ -68,9 +69,15 @@ def config(quantization: str, task: str, dtype: torch.dtype) -> Any:
 
 
 def settle(model: nn.Module) -> None:
-    """Let a model that was just loaded keep its bits: see above."""
-    for layer in layers(model).values():
+    """Let a model that was just loaded keep its bits (see above), and let go of the weights before them."""
+    found = layers(model)
+    for layer in found.values():
         layer.support_avx512bf16_for_cpu = False
+    if found:
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.clone()  # one view of the file would keep all of it in memory
+        release_memory()
 
 
 def of(model: nn.Module) -> str | None:

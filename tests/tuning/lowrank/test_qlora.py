@@ -1,8 +1,10 @@
 """QLoRA: the numbers in 4 bits, what learns on them, merging without going back, and loading as trained."""
 
 import copy
+import gc
 import importlib.util
 import json
+from pathlib import Path
 
 import peft
 import pytest
@@ -133,6 +135,20 @@ def test_answering_leaves_the_bits_of_the_base_as_they_are(kind):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     training.logits(model)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+def test_nothing_but_the_weights_in_4_bits_stays_in_memory():
+    def mapped():
+        return str(quantised.folder(tiny.llama)) in Path("/proc/self/maps").read_text()
+
+    plain = quantised.load(tiny.llama, None)
+    assert mapped()
+    del plain
+    gc.collect()
+    model = quantised.load(tiny.llama)
+    assert not mapped()
+    assert len(quantized.layers(model)) == 14
 
 
 def test_a_model_in_4_bits_counts_its_weights_and_not_its_bytes():

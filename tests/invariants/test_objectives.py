@@ -2,31 +2,14 @@
 
 import json
 
-import fused_sources
 import pytest
-import quantised_models
 import tiny
 import torch
+from tuning_methods import METHODS, base, config
 
 import luthier
 from luthier import checks, taxonomy
 
-# Sizes that suit two blocks.
-OPTIONS = {
-    "top_layers": {"k": 1},
-    "frozen_bottom": {"n": 1},
-    "linear_probe": {"untie_head": True},
-    "gradual_unfreezing": {"unit": "step", "groups_per_stage": 4},
-    "serial": {"bottleneck_dim": 8},
-    "parallel": {"bottleneck_dim": 8},
-    "coda": {"bottleneck_dim": 8},
-    "kadaptation": {"phm_dim": 4},
-    "autolora": {"search_steps": 2},
-}
-# Options that depend on the model.
-MADE_FOR = {"fusion": lambda make: {"adapters": fused_sources.pfeiffer(make)}}
-# Methods that want a base that is held in another way.
-BASES = {"qlora": quantised_models.load}
 # Rows of each objective, and a model for it.
 TEXT = [{"text": f"Order {i} arrived on Monday, but the box was empty."} for i in range(8)]
 ASKED = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(8)]
@@ -38,7 +21,6 @@ PROBLEMS = {
     "seq2seq": (ASKED, tiny.t5),
 }
 GOALS = {"pretrain": {"max_length": 64}}  # several blocks: a search splits them
-METHODS = [m.name for m in taxonomy.methods("tuning") if m.origin == "luthier" and not m.searches]
 OBJECTIVES = [m.name for m in taxonomy.methods("alignment") if m.origin == "luthier"]
 # Pairs that are refused in words.
 REFUSED = {
@@ -63,10 +45,8 @@ def test_two_steps_move_what_learns(name, objective, tmp_path):
     }
 
     def made():
-        made_for = MADE_FOR[name](make) if name in MADE_FOR else {}
-        method = luthier.method(name)(**OPTIONS.get(name, {}), **made_for)
-        model = BASES[name](make) if name in BASES else make()
         goal = luthier.method(objective)(**GOALS.get(objective, {}))
+        method, model = config(name, make), base(name, make)
         return luthier.trainer(goal, model, file, method=method, args=args, tokenizer=tiny.tokenizer())
 
     if (name, objective) in REFUSED:

@@ -6,13 +6,13 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import fused_sources
 import pytest
-import quantised_models
 import small_training as training
 import tiny
 import torch
+import tuning_methods
 from peft import PeftConfig, PeftModel
+from tuning_methods import METHODS, base
 
 from luthier import checks, taxonomy
 from luthier.errors import MethodError
@@ -21,23 +21,6 @@ from luthier.tuning.hooks import save_adapter
 from luthier.tuning.merge import merge
 
 MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2, "bert": tiny.bert, "t5": tiny.t5}
-METHODS = [m.name for m in taxonomy.methods("tuning") if m.origin == "luthier" and not m.searches]
-# Sizes that suit two blocks.
-OPTIONS = {
-    "top_layers": {"k": 1},
-    "frozen_bottom": {"n": 1},
-    "linear_probe": {"untie_head": True},
-    "gradual_unfreezing": {"unit": "step", "groups_per_stage": 2},
-    "serial": {"bottleneck_dim": 8},
-    "parallel": {"bottleneck_dim": 8},
-    "coda": {"bottleneck_dim": 8},
-    "kadaptation": {"phm_dim": 4},
-    "autolora": {"search_steps": 2},
-}
-# Options that depend on the model.
-MADE_FOR = {"fusion": lambda build: {"adapters": fused_sources.pfeiffer(build)}}
-# Methods that want a base that is held in another way.
-BASES = {"qlora": quantised_models.load}
 # Pairs that are refused in words.
 REFUSED = {
     ("linear_probe", "t5"): "always ties its head",
@@ -48,12 +31,11 @@ CASES = [(name, kind) for name in METHODS for kind in MODELS if (name, kind) not
 
 
 def config(name, kind=None):
-    made = {} if kind is None or name not in MADE_FOR else MADE_FOR[name](MODELS[kind])
-    return taxonomy.find(name)(**OPTIONS.get(name, {}), **made)
+    return tuning_methods.config(name, MODELS.get(kind))
 
 
 def build(name, kind):
-    return BASES[name](MODELS[kind]) if name in BASES else MODELS[kind]()
+    return base(name, MODELS[kind])
 
 
 # Methods that put something on the model; the others choose among its own weights.
@@ -79,8 +61,9 @@ def starts_as_base(name):
 
 
 def attached(name, kind):
+    model, method = build(name, kind), config(name, kind)
     torch.manual_seed(0)
-    return attach(build(name, kind), config(name, kind))
+    return attach(model, method)
 
 
 def is_adapter(model):
@@ -251,7 +234,7 @@ def test_resumed_equals_straight(name, kind, tmp_path):
 @over((name, kind) for name, kind in CASES if kind in ("llama", "t5"))
 def test_runs_in_bfloat16(name, kind, tmp_path):
     torch.manual_seed(0)
-    half = BASES[name](MODELS[kind], dtype="bfloat16") if name in BASES else MODELS[kind]().to(torch.bfloat16)
+    half = base(name, MODELS[kind], dtype="bfloat16")
     model = attach(half, config(name, kind))
     before = training.weights(model)
     training.train(model, tmp_path)

@@ -4,18 +4,11 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from tuning_methods import METHODS, base, config
 
 import luthier
-from luthier import checks, method, taxonomy
+from luthier import checks
 from luthier.errors import TrainingError
-
-OPTIONS = {
-    "top_layers": {"k": 1},
-    "frozen_bottom": {"n": 1},
-    "linear_probe": {"untie_head": True},
-    "gradual_unfreezing": {"unit": "step", "unfreeze_every": 2},
-}
-METHODS = [m.name for m in taxonomy.methods("tuning") if m.origin == "luthier" and not m.searches]
 
 
 def rows(count=8):
@@ -39,9 +32,9 @@ def trainer(name, folder, options=None, make=tiny.llama, **args):
     }
     return luthier.trainer(
         "sft",
-        make(),
+        base(name, make),
         rows(),
-        method=method(name)(**(OPTIONS.get(name, {}) | (options or {}))),
+        method=config(name, make, **(options or {})),
         args=settings | args,
         tokenizer=tiny.tokenizer(),
     )
@@ -52,7 +45,8 @@ def losses(found):
     return [entry["loss"] for entry in found.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("name", METHODS)
+# CoDA chooses tokens among a whole text, and refuses to learn to write.
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "coda"])
 def test_learns_with_every_proof_passed(name, tmp_path):
     with checks.collect() as lines:
         values = losses(trainer(name, tmp_path, max_steps=16))

@@ -43,7 +43,7 @@ class WholeModule(ModulesToSaveWrapper):
             return super()._forward_wrapped(*args, **kwargs)
         precision = _precision(self.original_module)
         weight = next(self.original_module.parameters())
-        with torch.autocast(weight.device.type, precision):
+        with torch.autocast(weight.device.type, precision, enabled=precision in HALF):
             found = super()._forward_wrapped(*args, **kwargs)
 
         def back(value: Any) -> Any:

@@ -38,11 +38,16 @@ def peers() -> dict[str, Callable[[], Any]]:
     }
 
 
+# They need trained adapters, an encoder, tasks of the rows, or a base in 4 bits.
+OTHERS = ("fusion", "coda", "moelora", "qlora")
+
+
 def names() -> list[str]:
     """The methods that add parameters; partial tuning has no tuner that could cost anything."""
     import luthier
 
-    return [m.name for m in luthier.methods("tuning") if not m.path.startswith("tuning/partial")]
+    found = [m for m in luthier.methods("tuning") if not m.path.startswith("tuning/partial")]
+    return [m.name for m in found if not m.searches and m.name not in OTHERS]
 
 
 def measure(name: str, side: str, steps: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 
 torch's kernel for a CPU is slower in bfloat16 than in float32 where the processor has no matrix unit for it
 (AMX): its blocks are too small for bfloat16's products to pay for their packing. On 170 tokens the backward
-pass takes less than half the time in float32; the longer the document, the larger the blocks, and at LONGEST
+pass takes about half the time in float32; the longer the document, the larger the blocks, and at LONGEST
 tokens both take about the same (`benchmarks/attention_cpu.py`).
 
 What is kept for the backward pass stays in half precision, so the memory is that of the half kernel.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LONGEST = 512  # tokens
+LONGEST = 256  # tokens
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 

@@ -116,6 +116,13 @@ def test_texts_that_begin_apart_are_read_whole():
     assert torch.allclose(found[:, 1], scorer.log_probs(without[1], [7]), atol=1e-6)
 
 
+def test_triggers_that_are_not_there_have_no_tokens():
+    """Their place lies within a token that carries its space."""
+    scorer = Scorer(tiny.llama(), tiny.tokenizer())
+    (found,) = scorer.encode(Template.of("{text} {triggers}the {mask}"), [{"text": "The printer"}])
+    assert found.triggers == []
+
+
 def test_the_head_computes_the_gaps_only():
     model, seen = toy.untrained("bert"), []
     model.cls.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].shape))

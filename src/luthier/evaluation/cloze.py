@@ -288,7 +288,7 @@ class Scorer:
 
         def columns(name: str) -> list[int]:
             start, end = spans.get(name, (0, 0))
-            return [i for i, (a, b) in enumerate(offsets) if b > a and b > start and a < end]
+            return [i for i, (a, b) in enumerate(offsets) if max(a, start) < min(b, end)]
 
         if self.kind == "causal":
             if not ids:

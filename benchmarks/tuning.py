@@ -150,7 +150,7 @@ def main() -> None:
     if not given.methods and not given.rates:
         base = run(folder, recipe(task, "untuned", None, 0.0, 0))
         print(row(task, "untuned", [base] if base else []), flush=True)
-    for name in given.methods or [method.name for method in luthier.methods("tuning")]:
+    for name in given.methods or [m.name for m in luthier.methods("tuning") if not m.searches]:
         rate, options = task.settings.get(name, (2e-4, {}))
         if given.rates:
             trials = [(f"{name} at {r:g}", r, 2) for r in given.rates]

@@ -41,10 +41,14 @@ FAULTS = {
     "A6": Fault(
         "rounding loses what the adapter learnt",
         "adds in float32, rounds once, refuses above a tenth of the effect and says the two ways out",
-        later="merging on 4-bit weights: with quantisation; a quantised base is refused until then",
+        later="merging on other quantised weights than 4-bit ones; such a base is refused until then",
     ),
     "A7": Fault("weights that do not load stay random", "refuses, with the prefix that would fix the names"),
-    "A8": Fault("a pruned model is dense after LoRA", later="masks come with the pruning methods"),
+    "A8": Fault(
+        "a pruned model is dense after LoRA",
+        "refuses a merge that fills zeros",
+        later="masks that adapters are trained with: with the pruning methods",
+    ),
     "A9": Fault("results depend on the padding", "a pad token of its own; sides set by the operation"),
     "A10": Fault("the model never stops", "trains the end token and puts it into the generation config"),
     "A11": Fault("two beginning-of-text tokens", "one path to tokens; proves that there is at most one"),

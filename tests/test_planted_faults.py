@@ -12,6 +12,7 @@ import sys
 import peft
 import planted
 import pytest
+import quantised_models
 import rendering
 import small_training as training
 import tiny
@@ -322,6 +323,21 @@ def test_a_quantised_base_is_no_place_to_merge():
         merge(model)
 
 
+@plants("A6")
+def test_merging_back_into_4_bits_loses_the_adapter():
+    model = lora(quantised_models.load(tiny.llama), 0.02)
+    adapted = training.logits(model)
+    with model.disable_adapter():
+        base = training.logits(model)
+    with pytest.warns(UserWarning, match="rounding errors"):  # it says so, and goes on
+        plain = lora(quantised_models.load(tiny.llama), 0.02).merge_and_unload()
+    assert effect_lost(training.logits(plain), adapted, base) > 0.1
+    with checks.collect() as lines:
+        merged = merge(model)
+    assert by_name(lines)["dequantised = in 4 bits"].passed
+    assert effect_lost(training.logits(merged), adapted, base) < 5e-3
+
+
 # A7: weights that never load -----------------------------------------------------------------------------
 
 
@@ -370,6 +386,39 @@ def test_the_head_of_a_classifier_is_random_after_loading(base, tmp_path):
         loaded, _ = luthier.load(path, task="classification", dtype="float32")
     assert torch.equal(loaded(IDS).logits, tuned(IDS).logits)
     assert by_name(lines)["adapter loaded whole"].passed
+
+
+# A8: sparsity --------------------------------------------------------------------------------------------
+
+
+def half_pruned():
+    model = tiny.llama()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for linear in (m for m in layer.modules() if isinstance(m, torch.nn.Linear)):
+                linear.weight[linear.weight.abs() < linear.weight.abs().median()] = 0
+    return model
+
+
+def zeros(model):
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    return (weight == 0).float().mean().item()
+
+
+@plants("A8")
+def test_a_merge_that_fills_the_zeros_of_a_pruned_model():
+    assert zeros(half_pruned()) == pytest.approx(0.5, abs=0.01)
+    with silence():
+        assert zeros(lora(half_pruned()).merge_and_unload()) < 0.01
+    with pytest.raises(CheckError, match=r"sparsity kept.*Keep the adapter separate"):
+        merge(lora(half_pruned()))
+    other = luthier.attach(half_pruned(), luthier.method("top_layers")(k=1))
+    assert merge(other) is other  # no adapter: nothing is filled
+    head = training.disturb(luthier.attach(half_pruned(), peft.LoraConfig(target_modules=["lm_head"])), 0.2)
+    with checks.collect() as lines:
+        merged = merge(head)
+    assert by_name(lines)["sparsity kept"].passed
+    assert zeros(merged) == pytest.approx(0.5, abs=0.01)
 
 
 # A9: padding ---------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ ROUNDED = 0.1
 # An error below this share of the logits is fp32 arithmetic, however small the adapter's effect.
 NOISE = 1e-5
 HALF_NOISE = 1e-2  # of bfloat16
+SPARSE = 0.25  # share of exact zeros from which a weight counts as pruned; rounding to 4 bits makes fewer
 
 
 def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -51,7 +52,8 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     Raises:
         MethodError: the base is quantised, or the adapter is not one that folds into weights.
         CheckError: the merged model differs from the unmerged one by more than 1e-3 of the adapter's
-            effect in fp32, or by more than 10% of it after rounding to `dtype`.
+            effect in fp32, or by more than 10% of it after rounding to `dtype`; or weights that were pruned
+            would be dense again.
     """
     if not isinstance(model, PeftModel):
         return model
@@ -61,6 +63,7 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     own = _to_float32(model)
     adapted = probe_logits(model)
     base = _base_logits(model)
+    pruned = _pruned(model.get_base_model())
 
     shared = _split_shared(model)
     try:
@@ -69,6 +72,7 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         raise CheckError(f"The adapter cannot be merged: {error}.") from error
     _join_equal(merged, shared)
     _prove(probe_logits(merged), adapted, base, title)
+    _prove_sparse(merged, pruned)
     return _finish(merged, own, dtype, adapted, base, title)
 
 
@@ -107,6 +111,7 @@ def combine(
     _require_combinable(model, weights, how, density)
     own = _to_float32(model)
     base = _base_logits(model)
+    pruned = _pruned(model.get_base_model())
     shared = _split_shared(model)
     layers = [m for m in model.get_base_model().modules() if isinstance(m, BaseTunerLayer)]
     start = {p: p.detach().clone() for layer in layers for p in layer.get_base_layer().parameters()}
@@ -129,6 +134,7 @@ def combine(
             p.data += _together(several, shares.to(p.device), how, density)
     merged = model.unload()
     _join_equal(merged, shared)
+    _prove_sparse(merged, pruned)
     return _finish(merged, own, dtype, probe_logits(merged), base, " + ".join(weights))
 
 
@@ -285,6 +291,33 @@ def _join_equal(model: nn.Module, shared: list[list[str]]) -> None:
             require_untieable(model)
             model.config.tie_word_embeddings = False
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _pruned(model: nn.Module) -> dict[str, float]:
+    """Share of exact zeros of each matrix that has many, by the name that it has without adapters."""
+    shares = {n.replace(".base_layer.", "."): _zeros(p) for n, p in model.named_parameters() if p.dim() == 2}
+    return {name: share for name, share in shares.items() if share >= SPARSE}
+
+
+def _zeros(weight: torch.Tensor) -> float:
+    return 1 - torch.count_nonzero(weight).item() / weight.numel()
+
+
+def _prove_sparse(merged: nn.Module, pruned: dict[str, float]) -> None:
+    """Hold the zeros of pruned weights against what they were; nothing is said where none was pruned."""
+    now = {name: _zeros(p) for name, p in merged.named_parameters() if name in pruned}
+    if not now:
+        return
+    lost = [name for name, share in now.items() if share < pruned[name] - 1e-6]
+    checks.record(
+        "merge",
+        "sparsity kept",
+        not lost,
+        min(now.values()),
+        min(pruned[name] for name in now),
+        f"lowest share of zeros of {len(now)} pruned weights" + (f"; lost in {lost[0]}" if lost else ""),
+        fix="Keep the adapter separate (export: {format: adapter}), or adapt layers that are not pruned.",
+    )
 
 
 def _prove(

@@ -9,9 +9,9 @@ tickets: mails to JSON records, SmolLM2-135M. math: word problems with worked an
 by the last number on AddSub. sst2: sentiment of a sentence, MiniLM with a fresh classifier. The data of math
 and sst2 are public files in ../shared/data (see `TASKS`). An artefact holds the tokenizer too (3.6, 0.9 MB).
 
-A method gets the settings of `SETTINGS`, its learning rate being the best of a few on seed 2 of the same task
-(`--rates 1e-3 3e-3` runs such a search). Every run is a `luthier run` of its own: what is finished is not run
-again, so that the benchmark may be stopped at any time. Result: benchmarks/tuning.md.
+A method has the learning rate and options of the task's `settings`: the best of a few rates on seed 2, which
+`--rates 1e-3 3e-3` tries. A method that has no settings yet is left out of the table, and named. Every run is
+a `luthier run` of its own: what is finished is not run again, so that the benchmark may be stopped at any time.
 """
 
 import argparse
@@ -84,6 +84,14 @@ TASKS = {
             "batch_size": 64,
         },
         metric="accuracy",
+        settings={
+            "full": (1e-4, {}),
+            "top_layers": (4e-4, {}),
+            "frozen_bottom": (4e-4, {}),
+            "linear_probe": (3e-2, {}),
+            "lora": (1e-3, {}),
+            "dora": (1e-3, {}),
+        },
     ),
 }
 
@@ -151,7 +159,10 @@ def main() -> None:
         base = run(folder, recipe(task, "untuned", None, 0.0, 0))
         print(row(task, "untuned", [base] if base else []), flush=True)
     for name in given.methods or [m.name for m in luthier.methods("tuning") if not m.searches]:
-        rate, options = task.settings.get(name, (2e-4, {}))
+        if name not in task.settings and not given.rates:
+            print(f"{name} has no settings for {given.task}", file=sys.stderr)
+            continue
+        rate, options = task.settings.get(name, (0.0, {}))
         if given.rates:
             trials = [(f"{name} at {r:g}", r, 2) for r in given.rates]
             for title, trial, seed in trials:

@@ -76,6 +76,10 @@ def test_the_largest_size_within_the_budget_starts(model):
     assert four.trainable == 4 * one.trainable
 
 
+def test_sizes_that_the_model_has_no_room_for_are_passed_over(model):
+    assert sized(model, "top_layers", 10**9).options == {"k": 2}  # of the sizes 8, 4, 2, 1; it has two blocks
+
+
 def whole_rank(contender):
     """LoRA's own default rank: with no budget no option is set."""
     import luthier
@@ -137,3 +141,11 @@ def test_the_command_leaves_a_recipe_that_says_why(place, monkeypatch, capsys):
     assert recipe["stages"][0]["tune"]["training"]["max_steps"] == 2
     assert (place / "runs" / "tuned" / "report.html").is_file()
     assert "held-out loss" in capsys.readouterr().out
+    (place / "runs" / "tuned.yaml").write_text(text + "# mine\n")
+    for change, message in ((words, "another recipe already"), (f"{words} --method lora", "are of a race")):
+        monkeypatch.setattr("sys.argv", ["luthier", *change.split()])
+        with pytest.raises(SystemExit) as stopped:
+            main.main()
+        assert stopped.value.code == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert (place / "runs" / "tuned.yaml").read_text().endswith("# mine\n")

@@ -226,6 +226,8 @@ class Reliable:
 
     def forget_checkpoints(self: Any, after: int) -> None:
         """Remove the checkpoints of steps later than `after`, whose weights have gone astray."""
+        if not self.args.should_save:
+            return
         for folder in Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
             number = folder.name.rpartition("-")[2]
             if number.isdigit() and int(number) > after:

@@ -55,6 +55,7 @@ def command(
 
     from luthier.cli import run
     from luthier.data.load import load
+    from luthier.errors import RecipeError
     from luthier.recipe.race import LAPS, METHODS, OBJECTIVE, race, sized
 
     console = Console(soft_wrap=True)
@@ -62,6 +63,8 @@ def command(
     objective = objective or OBJECTIVE.get(load(data).type, "sft")
     spec = _model(model, objective)
     why = ""
+    if method != AUTO and (candidates or laps):
+        raise RecipeError("--candidates and --laps are of a race.", fix="Write --method auto, or drop them.")
     if method == AUTO:
         racing: Any = {"budget": allowed, "objective": objective, "seed": seed}
         racing["methods"] = [n.strip() for n in candidates.split(",")] if candidates else METHODS
@@ -133,16 +136,22 @@ def _recipe(
 
 
 def _write(file: Path, recipe: dict[str, Any], why: str) -> None:
+    import io
     from textwrap import wrap
 
     from ruamel.yaml import YAML
 
+    from luthier.errors import RecipeError
+
     yaml = YAML()
     yaml.default_flow_style = False
+    stream = io.StringIO()
+    stream.writelines(f"# {line}\n" for line in wrap(why, 110))
+    yaml.dump(recipe, stream)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8") as stream:
-        stream.writelines(f"# {line}\n" for line in wrap(why, 110))
-        yaml.dump(recipe, stream)
+    if file.exists() and file.read_text(encoding="utf-8") != stream.getvalue():
+        raise RecipeError(f"{file} is another recipe already.", fix="Give --name another, or remove it.")
+    file.write_text(stream.getvalue(), encoding="utf-8")
 
 
 def _show(found: "Race", console: "Console") -> None:

@@ -215,11 +215,16 @@ def _size(base: dict[str, Any], name: str, budget: int | None) -> tuple[dict[str
         tried = [{knob: size} for size in SIZES[knob]]
         if "lora_alpha" in known:
             tried = [options | {"lora_alpha": 2 * options["r"]} for options in tried]
-    count = None
-    for options in tried:
-        count = _count(base, name, options)
+    for options in tried[:-1]:
+        try:
+            count = _count(base, name, options)
+        except MethodError:
+            continue  # more blocks than the model has, say; the smallest size tells what is wrong otherwise
         if budget is None or count <= budget:
             return options, count
+    count = _count(base, name, tried[-1])
+    if budget is None or count <= budget:
+        return tried[-1], count
     raise MethodError(f"{name} has {count:,} parameters at its smallest, and the budget is {budget:,}.")
 
 

@@ -171,19 +171,10 @@ class Tuner(PlacedTuner):
         return made
 
     def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
+        self, peft_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
     ) -> None:
         there = getattr(target, BESIDE, target)
-        super()._create_and_replace(
-            peft_config, adapter_name, there, target_name, parent, current_key, parameter_name
-        )
+        super()._create_and_replace(peft_config, adapter_name, there, *args, **kwargs)
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module

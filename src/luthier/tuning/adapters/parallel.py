@@ -54,7 +54,7 @@ from luthier.tuning.tuner import DeltaLayer, FeedForwardLayer
 
 @dataclass
 class Config(PlacedConfig):
-    """Options of parallel adapters; `layers_to_transform` and `modules_to_save` can be given too."""
+    """Options of parallel adapters."""
 
     bottleneck_dim: int = option(512, "width r of the adapters beside the FFN", ge=1)
     scale: float = option(4.0, "s, by which they are multiplied; 2 for classification", gt=0)
@@ -162,20 +162,10 @@ class Tuner(PlacedTuner, AttentionPromptTuner):
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:
         return key in self._chosen_paths or super()._check_target_module_exists(peft_config, key)
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        engine = AttentionPromptTuner if current_key in self._chosen_paths else PlacedTuner
-        engine._create_and_replace(
-            self, peft_config, adapter_name, target, target_name, parent, current_key=current_key
-        )
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        prefix = kwargs["current_key"] in self._chosen_paths
+        engine: Any = AttentionPromptTuner if prefix else PlacedTuner
+        engine._create_and_replace(self, *args, **kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

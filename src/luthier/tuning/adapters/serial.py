@@ -55,7 +55,7 @@ PFEIFFER_FACTOR = 16
 
 @dataclass
 class Config(PlacedConfig):
-    """Options of serial adapters; `layers_to_transform` and `modules_to_save` can be given too."""
+    """Options of serial adapters."""
 
     placement: str = option(
         "houlsby", "behind attention and FFN, or behind the FFN alone", choices=("houlsby", "pfeiffer")

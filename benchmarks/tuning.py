@@ -11,7 +11,7 @@ and sst2 are public files in ../shared/data (see `TASKS`). An artefact holds the
 
 A method has the learning rate and options of the task's `settings`: the best of a few rates on seed 2, which
 `--rates 1e-3 3e-3` tries. A method that has no settings yet is left out of the table, and named. Every run is
-a `luthier run` of its own: what is finished is not run again, so that the benchmark may be stopped at any time.
+a `luthier run` of its own: what is finished is not run again, so the benchmark may be stopped at any time.
 """
 
 import argparse

@@ -1,0 +1,134 @@
+"""One quantised linear layer, whatever method chose its codes; and how a model's layers become such.
+
+The weight is held as int8 codes with a scale (and a zero point) for each group, and is made anew for each
+product: this is the plain path, against which the fast ones of `luthier.acceleration` are tested. The layer is
+an `nn.Linear` for whoever asks (PEFT puts adapters on it), but its `weight` is computed and cannot be set.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from luthier.compression.grid import Grid, Scheme, round_activations
+from luthier.errors import MethodError
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer with codes for weights.
+
+    Attributes:
+        codes: int8 (out, in), signed.
+        scale: (out, groups), in the dtype in which it is stored; (1, 1) where the whole tensor shares one.
+        zero: int8 (out, groups), the code that stands for 0; None of a symmetric scheme.
+        input_scale: float32 scalar, the step of the inputs under a static scheme; else None.
+        scheme: what the codes mean.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    input_scale: Tensor | None
+
+    def __init__(
+        self,
+        codes: Tensor,
+        grid: Grid,
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype,
+        input_scale: Tensor | None = None,
+    ):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = codes.shape
+        self.scheme, self.dtype = grid.scheme, dtype
+        self.register_buffer("codes", codes.contiguous())
+        self.register_buffer("scale", grid.scale.contiguous())
+        self.register_buffer("zero", None if grid.scheme.symmetric else grid.zero.contiguous())
+        self.register_buffer("input_scale", input_scale)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    @property
+    def grid(self) -> Grid:
+        zero = torch.zeros_like(self.scale, dtype=torch.int8) if self.zero is None else self.zero
+        return Grid(self.scheme, self.scale, zero)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight (out, in) that the codes stand for, in the model's dtype: a copy, made when asked for."""
+        return self.grid.dequantize(self.codes).to(self.dtype)
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        """What the layer makes of its input before the product."""
+        if self.scheme.activation_bits is None:
+            return x
+        return round_activations(x, self.scheme.activation_bits, self.scheme.activation_per, self.input_scale)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(self.quantize_input(input), self.weight.to(input.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}"
+
+
+def matrix(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer as (out, in), float32: a copy. GPT-2's `Conv1D` stores it transposed."""
+    weight: Any = layer.weight
+    return (weight.detach().T if isinstance(layer, Conv1D) else weight.detach()).to(torch.float32, copy=True)
+
+
+def set_matrix(layer: nn.Module, weight: Tensor) -> None:
+    """Write a weight (out, in) back into a plain linear layer, in the layer's own dtype and layout."""
+    own: Any = layer.weight
+    own.data.copy_(weight.T if isinstance(layer, Conv1D) else weight)
+
+
+def dimensions(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer."""
+    weight: Any = layer.weight
+    rows, columns = weight.shape
+    return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The quantised layers by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+def quantize_layer(
+    layer: nn.Module, codes: Tensor, grid: Grid, input_scale: Tensor | None = None
+) -> QuantizedLinear:
+    """The quantised layer that stands for a plain one: its bias and dtype, these codes."""
+    weight: Any = layer.weight
+    bias: Any = layer.bias
+    made = QuantizedLinear(codes, grid, bias, dtype=weight.dtype, input_scale=input_scale)
+    return made.train(layer.training)
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """Give a model plain `nn.Linear` layers in place of quantised ones, in place; the same weights.
+
+    What is lost: the rounding of activations, which plain layers do not do.
+    """
+    for name, layer in quantized_layers(model).items():
+        with torch.device("meta"):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        plain.weight = nn.Parameter(layer.weight, requires_grad=False)
+        plain.bias = layer.bias
+        model.set_submodule(name, plain.train(layer.training))
+    return model
+
+
+def require_plain(name: str, layer: nn.Module) -> None:
+    """Raise MethodError where a layer cannot be compressed: quantised already, or not finite."""
+    if isinstance(layer, QuantizedLinear) or not layer.weight.dtype.is_floating_point:  # type: ignore[union-attr]
+        raise MethodError(
+            f"{name} is quantised already.",
+            fix="Start from the model in its original precision, or dequantize it.",
+        )
+    if not torch.isfinite(layer.weight).all():  # type: ignore[call-overload]
+        raise MethodError(
+            f"The weight of {name} has values that are not finite.", fix="Load the model again, or repair it."
+        )

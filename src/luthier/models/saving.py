@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +69,32 @@ def save(model: nn.Module, folder: Path | str, tokenizer: PreTrainedTokenizerBas
         ModelError: the folder holds other files, or the model's generation config is not valid.
         ResourceError: the folder cannot be written, or the disk is full.
     """
-    folder = Path(folder).absolute()
+    return write_whole(Path(folder).absolute(), model, tokenizer, partial(_write, model))
+
+
+def write_whole(
+    folder: Path,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    write: Callable[[Path], None],
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """A folder with what `write` puts into it, the tokenizer and our record; it appears whole, see `save`.
+
+    Args:
+        extra: what the record holds beside what it holds of every model.
+    """
     _require_free(folder)
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
-        _write(model, draft)
+        write(draft)
         if tokenizer is not None:
             tokens.say_template("export", structure.base(model), tokenizer)
             tokenizer.save_pretrained(str(draft))
-        content = json.dumps(_record(model, draft), indent=1)
+        content = json.dumps(_record(model, draft) | dict(extra or {}), indent=1)
         (draft / sources.RECORD).write_text(content, encoding="utf-8")
         _publish(draft, folder)
     except SafetensorError as error:  # this is how safetensors reports a full disk
@@ -257,7 +273,7 @@ def check_files(folder: Path) -> None:
             raise ModelError(
                 f"{path} is damaged ({path.stat().st_size} bytes): {error}.", fix="Copy or save it again."
             ) from error
-    weights = {name: entry for name, entry in written.items() if name.endswith(".safetensors")}
+    weights = {name: entry for name, entry in written.items() if name.endswith((".safetensors", ".gguf"))}
     if found := files.damage(folder, weights):
         path, how = found
         raise ModelError(

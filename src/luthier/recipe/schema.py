@@ -348,8 +348,11 @@ class ExportStage(Stage):
     """Write the model as a folder that transformers or PEFT load."""
 
     kind = "export"
-    format: Literal["safetensors", "adapter", "lora"] = "safetensors"
-    """A whole model, what a PEFT method added to it, or that as a LoRA, which more servers load."""
+    format: Literal["safetensors", "adapter", "lora", "gguf"] = "safetensors"
+    """A whole model; what a PEFT method added to it; that as a LoRA, which more servers load; or a whole
+    model in one file for llama.cpp."""
+    gguf_type: Literal["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"] | None = None
+    """How a GGUF file holds the weights; Q8_0 by default (with format: gguf)."""
     rank: int | float | None = None
     """Of the LoRA: a number, or the share of each change to keep, such as 0.99 (with format: lora)."""
     merge: bool | None = None
@@ -375,9 +378,27 @@ class ExportStage(Stage):
             raise fault(f"format: {self.format} has no rank", "Write format: lora, or leave rank out.")
         return self
 
+    @model_validator(mode="after")
+    def _type_of_a_gguf(self) -> Self:
+        if self.format != "gguf":
+            if self.gguf_type is not None:
+                fix = "Write format: gguf, or leave gguf_type out."
+                raise fault(f"format: {self.format} has no gguf_type", fix)
+            return self
+        if self.dtype != "auto":
+            raise fault("format: gguf has no dtype", "Say with gguf_type how the weights are held.")
+        self.gguf_type = self.gguf_type or "Q8_0"
+        return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether it writes a whole model, and no adapter."""
+        return self.format in ("safetensors", "gguf")
+
     def summary(self) -> str:
         rank = f" of rank {self.rank}" if self.format == "lora" else ""
-        return f"{'merged ' if self.merge else ''}{self.format}{rank}"
+        held = f" {self.gguf_type}" if self.gguf_type else ""
+        return f"{'merged ' if self.merge else ''}{self.format}{held}{rank}"
 
 
 class StageItem(Strict):
@@ -460,7 +481,7 @@ class Recipe(Strict):
             if isinstance(stage, TuneStage):
                 tuned = stage
             elif isinstance(stage, ExportStage) and stage.merge is None:
-                stage.merge = stage.format == "safetensors" and tuned is not None and is_adapter(tuned.method)
+                stage.merge = stage.whole and tuned is not None and is_adapter(tuned.method)
         return self
 
     @model_validator(mode="after")

@@ -280,16 +280,16 @@ def _export(draft: Draft, place: tuple[str | int, ...], stage: ExportStage) -> I
     tuned = next((s for s in reversed(before) if isinstance(s, TuneStage)), None)
     adapter = tuned is not None and is_adapter(tuned.method)
     method = tuned.method.name if tuned else ""
-    if stage.format != "safetensors" and not adapter:
+    if not stage.whole and not adapter:
         what = f"{method} changes the model's own weights" if tuned else "no stage before it tunes the model"
         yield (*place, "format"), f"there is no adapter to export: {what}", "Write format: safetensors."
-    elif stage.format != "safetensors" and stage.merge:
+    elif not stage.whole and stage.merge:
         fix = "Write format: safetensors for the merged model, or leave merge out."
         yield (*place, "merge"), "a merged adapter cannot be exported as an adapter", fix
     elif stage.merge and not adapter:
         what = f"{method} leaves nothing to merge" if tuned else "no stage before it tunes the model"
         yield (*place, "merge"), f"merge: true, but {what}", "Leave merge out."
-    elif stage.format == "safetensors" and adapter and stage.merge is False:
+    elif stage.whole and adapter and stage.merge is False:
         fix = "Write merge: true, or format: adapter."
         yield (*place, "merge"), f"a whole model holds the adapter of {method} only if it is merged", fix
 

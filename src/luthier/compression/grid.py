@@ -8,8 +8,8 @@ code of zero (`zero`) of each group of `group_size` neighbours along the input d
     symmetric:   zero = 0, scale = max|w| / ((2^b - 1) / 2)
     asymmetric:  scale = (max - min) / (2^b - 1) with 0 inside [min, max]
 
-These are the conventions of compressed-tensors. The scale is rounded to the dtype in which it is stored before
-any code is computed: a code that was found with a finer scale would not give back the same weight.
+These are the conventions of compressed-tensors. The scale is rounded to the dtype in which it is stored
+before any code is computed: a code that was found with a finer scale would not give back the same weight.
 """
 
 from dataclasses import dataclass, replace
@@ -32,8 +32,8 @@ class Scheme:
         group_size: neighbours along the input that share a scale; None: the whole row; 0: the whole tensor.
         symmetric: no zero point.
         activation_bits: of the layer's input; None leaves it in floating point.
-        activation_per: what shares an activation scale: each token (found as it comes), the whole tensor (found
-            as it comes), or the whole tensor with a scale found at calibration ("static").
+        activation_per: what shares an activation scale: each token (found as it comes), the whole tensor
+            (found as it comes), or the whole tensor with a scale found at calibration ("static").
     """
 
     bits: int = 4
@@ -67,7 +67,7 @@ class Scheme:
 
 @dataclass
 class Grid:
-    """Scales and zero points of a matrix (rows, columns): each (rows, groups), or (1, 1) of a whole tensor."""
+    """Scales and zero points of a matrix (rows, columns): each (rows, groups), or (1, 1) of a whole."""
 
     scheme: Scheme
     scale: Tensor

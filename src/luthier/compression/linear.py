@@ -1,8 +1,9 @@
 """One quantised linear layer, whatever method chose its codes; and how a model's layers become such.
 
 The weight is held as int8 codes with a scale (and a zero point) for each group, and is made anew for each
-product: this is the plain path, against which the fast ones of `luthier.acceleration` are tested. The layer is
-an `nn.Linear` for whoever asks (PEFT puts adapters on it), but its `weight` is computed and cannot be set.
+product: this is the plain path, against which the fast ones of `luthier.acceleration` are tested. The layer
+is an `nn.Linear` for whoever asks (PEFT puts adapters on it), but its `weight` is computed and cannot be
+set.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from luthier.compression.grid import Grid, Scheme, round_activations
+from luthier.compression.grid import Grid, round_activations
 from luthier.errors import MethodError
 
 
@@ -57,7 +58,7 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight (out, in) that the codes stand for, in the model's dtype: a copy, made when asked for."""
+        """The weight (out, in) that the codes stand for, in the model's dtype; made when asked for."""
         return self.grid.dequantize(self.codes).to(self.dtype)
 
     def quantize_input(self, x: Tensor) -> Tensor:
@@ -87,9 +88,10 @@ def set_matrix(layer: nn.Module, weight: Tensor) -> None:
 
 def dimensions(layer: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear layer."""
-    weight: Any = layer.weight
-    rows, columns = weight.shape
-    return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[1], layer.weight.shape[0]
+    assert isinstance(layer, nn.Linear)
+    return layer.out_features, layer.in_features
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -123,12 +125,13 @@ def dequantize(model: nn.Module) -> nn.Module:
 
 def require_plain(name: str, layer: nn.Module) -> None:
     """Raise MethodError where a layer cannot be compressed: quantised already, or not finite."""
-    if isinstance(layer, QuantizedLinear) or not layer.weight.dtype.is_floating_point:  # type: ignore[union-attr]
+    weight: Any = layer.weight
+    if isinstance(layer, QuantizedLinear) or not weight.dtype.is_floating_point:
         raise MethodError(
             f"{name} is quantised already.",
             fix="Start from the model in its original precision, or dequantize it.",
         )
-    if not torch.isfinite(layer.weight).all():  # type: ignore[call-overload]
+    if not torch.isfinite(weight).all():
         raise MethodError(
             f"The weight of {name} has values that are not finite.", fix="Load the model again, or repair it."
         )

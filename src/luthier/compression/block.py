@@ -1,0 +1,165 @@
+"""One block of a model while it is being compressed: its linear layers, what goes into them, what comes out.
+
+Nothing is known of architectures. Which layers read the same input, and in which order, is seen in one run of
+the block: layers that are handed the very same tensor are one *group* (q, k, v; gate, up), and groups come
+one after the other.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from luthier.compression.statistics import Statistic
+
+
+class _Enough(Exception):
+    """Ends the run of a block when all that was wanted of it has been seen."""
+
+
+@dataclass
+class Call:
+    """What a block is called with beside the hidden states; the same for all blocks, or one a block."""
+
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class Block:
+    """A block with the inputs that the blocks before, as they now are, give it.
+
+    Attributes:
+        name: full name of the module, such as "model.layers.3".
+        hidden: inputs, each (batch, seq, hidden), replaced by the block's outputs when it is left.
+        masks: which tokens of each batch are no padding, bool (batch, seq).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        index: int,
+        hidden: list[Tensor],
+        calls: Sequence[Call],
+        masks: Sequence[Tensor],
+    ):
+        self.model, self.name, self.index = model, name, index
+        self.hidden, self.calls, self.masks = hidden, calls, masks
+        self._chosen: set[str] = set()
+
+    def choose(self, names: set[str]) -> None:
+        """From now on `layers` are those of these full names."""
+        self._chosen = names
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model.get_submodule(self.name)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all batches together, without padding."""
+        return sum(int(mask.sum()) for mask in self.masks)
+
+    def layers(self) -> dict[str, nn.Module]:
+        """The linear layers that are to be compressed, as they now are, by full name."""
+        return {n: m for n, m in self.all_layers().items() if n in self._chosen}
+
+    def all_layers(self) -> dict[str, nn.Module]:
+        """Every linear layer of the block by full name."""
+        inside = self.module.named_modules()
+        return {f"{self.name}.{n}": m for n, m in inside if isinstance(m, nn.Linear | Conv1D)}
+
+    def replace(self, name: str, layer: nn.Module) -> None:
+        """Put another layer in the place of one."""
+        self.model.set_submodule(name, layer)
+
+    @torch.no_grad()
+    def run(self, index: int, module: nn.Module | None = None) -> Tensor:
+        """Output (batch, seq, hidden) of the block on one batch of its inputs."""
+        call = self.calls[index]
+        made = (module or self.module)(self.hidden[index], *call.arguments, **call.options)
+        return made[0] if isinstance(made, tuple) else made
+
+    def leave(self) -> None:
+        """Replace each batch of inputs by the block's output as it now is: the next block's inputs."""
+        for index in range(len(self.hidden)):
+            self.hidden[index] = self.run(index)
+
+    def groups(self) -> list[list[str]]:
+        """Names of the layers that read one and the same tensor, group by group as they work."""
+        found: dict[int, list[str]] = {}
+        held: list[Tensor] = []  # alive, so that no id comes twice
+
+        def seen(name: str) -> Any:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                held.append(inputs[0])
+                found.setdefault(id(inputs[0]), []).append(name)
+
+            return hook
+
+        with hooked(self.layers(), seen):
+            self.run(0)
+        return list(found.values())
+
+    def observe(self, statistics: Mapping[str, Statistic]) -> None:
+        """Run all batches through the block and show each layer's inputs to its statistic.
+
+        Layers of a group may share one statistic: it is then fed once.
+        """
+        layers, fed = self.all_layers(), {}
+        for name, statistic in statistics.items():
+            fed.setdefault(id(statistic), name)
+        readers = {name: layers[name] for name in fed.values()}
+        if not readers:
+            return
+        for index, mask in enumerate(self.masks):
+            for name, x in self._inputs(readers, index):
+                statistics[name].add(real_tokens(x, mask))
+
+    def inputs(self, name: str, index: int) -> Tensor:
+        """The inputs of one layer on one batch, (tokens, features) without padding."""
+        found = self._inputs({name: self.all_layers()[name]}, index)
+        return real_tokens(torch.cat([x.flatten(0, -2) for _, x in found]), self.masks[index])
+
+    def _inputs(self, layers: Mapping[str, nn.Module], index: int) -> list[tuple[str, Tensor]]:
+        """What layers were handed on one batch. The run of the block ends when all have been at work."""
+        found: list[tuple[str, Tensor]] = []
+        waiting = set(layers)
+
+        def keep(name: str) -> Any:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                found.append((name, inputs[0]))
+                waiting.discard(name)
+                if not waiting:
+                    raise _Enough
+
+            return hook
+
+        with hooked(layers, keep), suppress(_Enough):
+            self.run(index)
+        return found
+
+
+def real_tokens(x: Tensor, mask: Tensor) -> Tensor:
+    """Inputs (batch, seq, features), or flattened ones, without those of padding: (tokens, features)."""
+    rows = x.flatten(0, -2)
+    return rows[mask.flatten()] if len(rows) == mask.numel() and not mask.all() else rows
+
+
+@contextmanager
+def hooked(modules: Mapping[str, nn.Module], make: Any) -> Iterator[None]:
+    """Forward pre-hooks on modules inside the `with` block; `make(name)` gives each its hook."""
+    handles = [module.register_forward_pre_hook(make(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,281 @@
+"""The one pass that all methods without training share: block by block, each on the outputs of those before.
+
+For every block the method gathers what it wants of the stored inputs and changes the block; then the outputs
+of the changed block become the inputs of the next, so that what is lost in one block is seen by those above.
+In memory are one set of hidden states (tokens x hidden), whatever the depth, and what a method holds of it.
+
+A pass that is given a folder leaves there the state of each block as it was changed. After a kill the blocks
+that are done are read from there, and the pass goes on with the first that is not.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from luthier.compression.block import Block, Call
+from luthier.compression.grid import Grid, Scheme
+from luthier.compression.linear import QuantizedLinear, quantized_layers
+from luthier.compression.records import Record
+from luthier.errors import MethodError, ModelError
+from luthier.models import structure
+from luthier.terminal import progress
+from luthier.tuning.probe import evaluating
+
+log = logging.getLogger("luthier.compression")
+
+Batch = dict[str, Tensor]
+Change = Callable[[Block], Iterable[Record]]
+
+
+class _Caught(Exception):
+    """Ends a run of the model where enough of it was seen."""
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    change: Change,
+    *,
+    folder: Path | None = None,
+    identity: str = "",
+) -> list[Record]:
+    """Change the blocks of a model one after the other.
+
+    Args:
+        batches: `{"input_ids": (batch, seq), "attention_mask": (batch, seq)}`.
+        change: changes a block in place and says what became of each layer.
+        folder: where the state of finished blocks is kept; None keeps none.
+        identity: of methods, model and data. What a folder holds of another pass is not used.
+
+    Raises:
+        ModelError: the model is not a chain of blocks from hidden states to hidden states.
+    """
+    name, stack = _stack(model)
+    store = None if folder is None else _Store(folder, identity)
+    records: list[Record] = []
+    with evaluating(model), progress("compress") as bar:
+        hidden, calls, masks = catch(model, stack, batches)
+        task = bar.add_task("", total=len(stack), note="")
+        for index in range(len(stack)):
+            block = Block(model, f"{name}.{index}", index, hidden, calls[index], masks)
+            start = time.perf_counter()
+            found = store.restore(block) if store is not None else None
+            if found is None:
+                found = list(change(block))
+                if store is not None:
+                    store.keep(block, found)
+            records += found
+            block.leave()
+            note = _note(found, time.perf_counter() - start)
+            log.info("block %d of %d: %s", index + 1, len(stack), note)
+            bar.update(task, advance=1, note=note)
+    if store is not None:
+        store.clear()
+    return records
+
+
+def chain(model: nn.Module) -> Iterator[Block]:
+    """The blocks without any inputs, for methods that look at weights alone."""
+    name, stack = _stack(model)
+    for index in range(len(stack)):
+        yield Block(model, f"{name}.{index}", index, [], [], [])
+
+
+def _stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(model).__name__} is an encoder-decoder: its decoder's blocks read two streams.",
+            fix="Compress a decoder-only or an encoder-only model.",
+        )
+    return structure.stacks(model)[0]
+
+
+def catch(
+    model: nn.Module, stack: Sequence[nn.Module], batches: Sequence[Batch]
+) -> tuple[list[Tensor], list[list[Call]], list[Tensor]]:
+    """Hidden states before the first block, the calls of each block ([block][batch]), and the token masks.
+
+    The first batch runs through the whole model, to see whether all blocks are called alike. Where they are,
+    the others stop at the first block. Raises ModelError where a block is handed something else than the
+    output of the one before.
+    """
+    hidden: list[Tensor] = []
+    calls: list[list[Call]] = [[] for _ in stack]
+    masks: list[Tensor] = []
+    alike = False
+    for batch in batches:
+        seen = _run(model, stack, batch, only_first=alike)
+        if not hidden:
+            _require_chain(model, seen)
+            alike = all(_same(seen[0][1], call) for _, call, _ in seen)
+        hidden.append(seen[0][0])
+        for index, per_batch in enumerate(calls):
+            per_batch.append(seen[0 if alike else index][1])
+        masks.append(_token_mask(batch))
+    return hidden, calls, masks
+
+
+def _run(
+    model: nn.Module, stack: Sequence[nn.Module], batch: Batch, *, only_first: bool
+) -> list[tuple[Tensor, Call, Any]]:
+    """(hidden states, call, output) of each block in one run of the model."""
+    seen: list[tuple[Tensor, Call, Any]] = []
+
+    def before(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        options = dict(options)
+        first, *rest = inputs if inputs else (options.pop("hidden_states"),)
+        seen.append((first, Call(tuple(rest), options), None))
+        if only_first:
+            raise _Caught
+
+    def after(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        first, call, _output = seen[-1]
+        seen[-1] = (first, call, output[0] if isinstance(output, tuple) else output)
+
+    handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in stack]
+    handles += [b.register_forward_hook(after) for b in stack]
+    try:
+        device = model.get_input_embeddings().weight.device
+        with torch.no_grad():
+            base = structure.base(model).base_model
+            base(**{key: value.to(device) for key, value in batch.items()}, **_no_cache(model))
+    except _Caught:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _no_cache(model: nn.Module) -> dict[str, Any]:
+    return {"use_cache": False} if structure.task(model) == "causal" else {}
+
+
+def _require_chain(model: nn.Module, seen: list[tuple[Tensor, Call, Any]]) -> None:
+    for index, (later, earlier) in enumerate(zip(seen[1:], seen, strict=False), start=1):
+        if earlier[2] is not later[0]:
+            raise ModelError(
+                f"Block {index} of {type(model).__name__} does not read what block {index - 1} gives: "
+                "compression looks for a chain of blocks, hidden states in, hidden states out.",
+                fix="Use a model of the Llama, Qwen, Mistral, GPT-2, OPT or BERT kind.",
+            )
+
+
+def _same(first: Call, second: Call) -> bool:
+    """Whether two blocks were called with the very same objects."""
+    pairs = zip(first.arguments, second.arguments, strict=False)
+    return (
+        first.options.keys() == second.options.keys()
+        and all(_is(first.options[key], second.options[key]) for key in first.options)
+        and all(_is(a, b) for a, b in pairs)
+    )
+
+
+def _is(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(_is(x, y) for x, y in zip(a, b, strict=True))
+    return a is b or (isinstance(a, bool | int | float | str) and a == b)
+
+
+def _token_mask(batch: Batch) -> Tensor:
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def _note(records: list[Record], seconds: float) -> str:
+    worst = max(records, key=lambda r: r.after, default=None)
+    errors = "" if worst is None else f", error up to {worst.after:.2g} ({worst.name.rpartition('.')[2]})"
+    return f"{len(records)} layers{errors}, {seconds:.1f} s"
+
+
+class _Store:
+    """Finished blocks in a folder: `00007.safetensors` with the state, and the records in `00007.json`."""
+
+    def __init__(self, folder: Path, identity: str):
+        self.folder = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def keep(self, block: Block, records: list[Record]) -> None:
+        state = {name: tensor.contiguous() for name, tensor in block.module.state_dict().items()}
+        schemes = {n: m.scheme.as_dict() for n, m in quantized_layers(block.module).items()}
+        weights, said = self._files(block)
+        save_file(state, weights)
+        draft = said.with_suffix(".partial")
+        draft.write_text(json.dumps({"schemes": schemes, "records": [r.as_dict() for r in records]}))
+        draft.replace(said)  # the last to appear: a block counts as done when it is there
+
+    def restore(self, block: Block) -> list[Record] | None:
+        """Put a block into the state that it was left in; None where it was not."""
+        weights, said = self._files(block)
+        if not said.is_file():
+            return None
+        known = json.loads(said.read_text())
+        state = load_file(weights)
+        for name, scheme in known["schemes"].items():
+            block.replace(
+                f"{block.name}.{name}", _shell(block.module.get_submodule(name), name, scheme, state)
+            )
+        block.module.load_state_dict(state)
+        log.info("block %d was done before", block.index + 1)
+        return [Record(**record) for record in known["records"]]
+
+    def clear(self) -> None:
+        for file in self.folder.iterdir():
+            file.unlink()
+        self.folder.rmdir()
+
+    def _files(self, block: Block) -> tuple[Path, Path]:
+        stem = self.folder / f"{block.index:05}"
+        return stem.with_suffix(".safetensors"), stem.with_suffix(".json")
+
+
+def _shell(layer: nn.Module, name: str, scheme: dict[str, Any], state: dict[str, Tensor]) -> QuantizedLinear:
+    """A quantised layer of the right shapes, to be filled from the state."""
+    codes, scale = state[f"{name}.codes"], state[f"{name}.scale"]
+    zero = state.get(f"{name}.zero", torch.zeros_like(scale, dtype=torch.int8))
+    own: Any = layer
+    return QuantizedLinear(
+        codes,
+        Grid(Scheme(**scheme), scale, zero),
+        own.bias,
+        dtype=own.weight.dtype,
+        input_scale=state.get(f"{name}.input_scale"),
+    )
+
+
+def choose_layers(model: nn.Module, targets: Sequence[str], exclude: Sequence[str]) -> set[str]:
+    """Full names of the linear layers of the blocks that a method works on.
+
+    Args:
+        targets: names or ends of names, as in PEFT; empty: all.
+        exclude: the same, of layers that stay as they are.
+
+    Raises:
+        MethodError: a pattern matches nothing, or the head.
+    """
+    name, _ = _stack(model)
+    inside = {n for n in structure.linears(model) if n.startswith(f"{name}.")}
+    if not inside:
+        raise MethodError(f"The blocks of {type(model).__name__} have no linear layers to compress.")
+    for patterns in (targets, exclude):
+        for pattern, matched in structure.match_targets(model, patterns).items():
+            if not set(matched) & inside:
+                raise MethodError(
+                    f"'{pattern}' is no linear layer of a block: embeddings and head stay as they are.",
+                    fix="Name layers of the blocks, such as "
+                    + ", ".join(sorted({n.rpartition(".")[2] for n in inside})[:4])
+                    + ".",
+                )
+
+    def matches(layer: str, patterns: Sequence[str]) -> bool:
+        return any(layer == p or layer.endswith(f".{p}") for p in patterns)
+
+    return {n for n in inside if (not targets or matches(n, targets)) and not matches(n, exclude)}

@@ -1,0 +1,90 @@
+"""Which weights become zero: patterns, scopes, and keeping the zeros through training.
+
+A pattern "2:4" counts *zeros*: of every four neighbours along the input two are zero, as SparseGPT and Wanda
+write it. (Hardware texts count what is kept; the two agree for 2:4 and 4:8.)
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from luthier.errors import MethodError
+
+
+def parse(pattern: str | None) -> tuple[int, int] | None:
+    """(zeros, group) of a pattern such as "2:4"; None where there is none.
+
+    Raises:
+        MethodError: it is no such pattern.
+    """
+    if pattern is None:
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", pattern)
+    zeros, group = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not found or not 0 < zeros < group:
+        raise MethodError(
+            f"pattern: '{pattern}' is not zeros:group.", fix="Write 2:4 or 4:8: so many zeros in each group."
+        )
+    return zeros, group
+
+
+def lowest(scores: Tensor, sparsity: float, scope: str = "layer") -> Tensor:
+    """Mask of the lowest scores, exactly floor(sparsity n) of them; of equal ones the first.
+
+    Args:
+        scores: (rows, columns).
+        scope: among what is compared: the whole "layer", or each "row".
+    """
+    flat = scores.reshape(1, -1) if scope == "layer" else scores
+    count = int(sparsity * flat.shape[1] + 1e-9)
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    if count:
+        mask.scatter_(1, flat.argsort(dim=1, stable=True)[:, :count], True)
+    return mask.reshape(scores.shape)
+
+
+def in_groups(scores: Tensor, zeros: int, group: int) -> Tensor:
+    """Mask of the `zeros` lowest scores of each `group` neighbours of a row."""
+    return lowest(scores.reshape(-1, group), zeros / group, "row").reshape(scores.shape)
+
+
+def require_divides(columns: int, group: int, name: str) -> None:
+    """Raise MethodError where the groups of a pattern do not fill a row."""
+    if columns % group:
+        raise MethodError(
+            f"Groups of {group} do not fill a row of the {columns} inputs of {name}.",
+            fix="Choose a pattern whose group divides it, or leave the layer out (exclude).",
+        )
+
+
+def share_of_zeros(weight: Tensor) -> float:
+    return 1 - torch.count_nonzero(weight).item() / weight.numel()
+
+
+SPARSE = 0.25  # from this share of zeros on a weight counts as pruned
+
+
+class KeepZeros(TrainerCallback):
+    """Sets weights that were zero when training began back to zero after each step of the optimiser.
+
+    Give it to any `Trainer` in whose model pruned weights learn themselves; under an adapter they do not.
+    """
+
+    def __init__(self, least: float = SPARSE):
+        self.least = least
+        self._masks: dict[nn.Parameter, Tensor] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._masks = {
+            p: p.detach() != 0
+            for p in model.parameters()
+            if p.requires_grad and p.dim() == 2 and share_of_zeros(p) >= self.least
+        }
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for parameter, kept in self._masks.items():
+            parameter.mul_(kept)

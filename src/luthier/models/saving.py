@@ -164,8 +164,24 @@ def verify_export(
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if "decoder_input_ids" in inputs:
             inputs["decoder_input_ids"] = inputs["input_ids"].clone()
-    generates = structure.task(model) in ("causal", "seq2seq")
-    found, metadata = _in_fresh_process(_request(folder, model, tokenizer, generates), inputs)
+    prove_reload(reload_request(folder, model, tokenizer), model, inputs, tokenizer)
+
+
+def prove_reload(
+    request: dict[str, Any],
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase | None,
+    ends: list[int] | None = None,
+) -> None:
+    """Load what `request` names in a fresh process, and hold it against the model (see `verify_export`).
+
+    Args:
+        request: what `reload_request` gave, perhaps changed.
+        ends: the tokens at which generation stops, where the folder states more than transformers reads.
+    """
+    generates = bool(request["new_tokens"])
+    found, metadata = _in_fresh_process(request, inputs)
     with evaluating(model):
         logits = model(**inputs).logits.float().cpu()
         inputs.pop("decoder_input_ids", None)
@@ -174,18 +190,22 @@ def verify_export(
     tolerance = TOLERANCE.get(structure.base(model).dtype, TOLERANCE_HALF)
     error = distance(found["logits"][:, -logits.shape[1] :], logits)  # PEFT's own prompts have logits too
     fix = "Do not use the folder; report this with the recipe that made it."
-    checks.record("export", "logits after reload", error <= tolerance, error, tolerance, folder.name, fix=fix)
+    name = Path(request["folder"]).name
+    checks.record("export", "logits after reload", error <= tolerance, error, tolerance, name, fix=fix)
     if generated is not None:
         differing = int((found["generated"] != generated).sum())
         checks.record("export", "generated tokens after reload", not differing, differing, 0, fix=fix)
     if tokenizer is not None:
-        _prove_tokens(model, tokenizer, json.loads(metadata["tokens"]), json.loads(metadata["ends"]))
+        stops = json.loads(metadata["ends"]) if ends is None else ends
+        _prove_tokens(model, tokenizer, json.loads(metadata["tokens"]), stops)
 
 
-def _request(
-    folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, generates: bool
+def reload_request(
+    folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[str, Any]:
+    """What `reload.py` is told to load, and as what."""
     base = structure.base(model)
+    generates = structure.task(model) in ("causal", "seq2seq")
     adapter = isinstance(model, PeftModel)
     remote = type(base).__module__.startswith("transformers_modules")
     options: dict[str, Any] = {"attn_implementation": underlying(base.config._attn_implementation)}
@@ -236,10 +256,7 @@ def _in_fresh_process(request: dict[str, Any], inputs: dict[str, Tensor]) -> tup
 def _prove_tokens(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, found: list[list[int]], ends: int | list[int] | None
 ) -> None:
-    expected = [tokenizer(text).input_ids for text in TEXTS]
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
-        expected.append(tokenizer(str(text), add_special_tokens=False).input_ids)
+    expected = probe_tokens(tokenizer)
     same = sum(a == b for a, b in zip(found, expected, strict=True))
     checks.record(
         "export", "token ids after reload", found == expected, same, len(expected), "texts and chat"
@@ -256,6 +273,15 @@ def _prove_tokens(
             fix=f"Set model.generation_config.eos_token_id to {end} before saving.",
             refuse=not isinstance(model, PeftModel),  # an adapter's generation config is its base's
         )
+
+
+def probe_tokens(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of some texts, and of a chat where there is a template for it."""
+    found = [tokenizer(text).input_ids for text in TEXTS]
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+        found.append(tokenizer(str(text), add_special_tokens=False).input_ids)
+    return found
 
 
 def check_files(folder: Path) -> None:

@@ -22,7 +22,8 @@ Batch = Mapping[str, Tensor]
 
 
 def sequences(model: nn.Module, batches: Iterable[Batch]) -> list[dict[str, Tensor]]:
-    """The rows of the batches without padding, each {input_ids, labels} as (1, seq); (1,) labels of a classifier.
+    """The rows of the batches without padding, each {input_ids, labels} as (1, seq); (1,) labels of a
+    classifier.
 
     Of a causal model the labels are the tokens, unless the batches have some.
 
@@ -37,7 +38,7 @@ def sequences(model: nn.Module, batches: Iterable[Batch]) -> list[dict[str, Tens
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         if labels is None and structure.task(model) != "causal":
             raise MethodError(
-                f"What a {type(model).__name__} is to answer is not in the batches: there is no loss to derive.",
+                f"The batches do not say what a {type(model).__name__} is to answer: there is no loss.",
                 fix="Give the batches labels, or write importance: l2.",
             )
         labels = ids if labels is None else labels
@@ -46,7 +47,9 @@ def sequences(model: nn.Module, batches: Iterable[Batch]) -> list[dict[str, Tens
             rows.append({"input_ids": ids[row][real[row]][None], "labels": own[None]})
     rows = [row for row in rows if row["input_ids"].shape[1] > 1]
     if not rows:
-        raise DataError("There are no calibration data.", fix="Give batches of token ids with two tokens or more.")
+        raise DataError(
+            "There are no calibration data.", fix="Give batches of token ids with two tokens or more."
+        )
     return rows
 
 
@@ -84,7 +87,7 @@ def _targets(row: Mapping[str, Tensor]) -> int:
 
 @contextmanager
 def _only(model: nn.Module, names: Collection[str]) -> Iterator[dict[str, nn.Parameter]]:
-    """Inside, gradients flow to these parameters alone, dropout is off, and nothing else of the model changes."""
+    """Inside, gradients flow to these parameters alone, dropout is off, and nothing else changes."""
     before = {p: p.requires_grad for p in model.parameters()}
     training = [module for module in model.modules() if module.training]
     model.eval()

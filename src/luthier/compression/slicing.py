@@ -2,16 +2,16 @@
 
     1. the config of the smaller model is made, and from it a twin without weights (on the meta device): every
        parameter must have the shape that it will have after the cut. So the class that will reload it fits.
-    2. the units' outputs are set to zero in place (columns of the layers that read them), and the model answers a
-       probe;
+    2. the units' outputs are set to zero in place (columns of the layers that read them); the model answers
+       a probe;
     3. the rows and columns are taken out, and the model must answer the same.
 
 *uniform* widths are those of the model's own class, which transformers loads without us. Where blocks differ
 (*per_layer*) the model becomes one of `luthier.models.per_layer`.
 
-Channels of the stream differ in one point: a norm divides by the mean over all channels, and the cut model by the
-mean over those that are left. The zeroed model is asked with its norms scaled to that: sqrt(C'/C) on the weight,
-C'/C on the epsilon.
+Channels of the stream differ in one point: a norm divides by the mean over all channels, and the cut model
+by the mean over those that are left. The zeroed model is asked with its norms scaled to that: sqrt(C'/C) on
+the weight, C'/C on the epsilon.
 """
 
 import copy
@@ -111,7 +111,9 @@ def config_after(model: nn.Module, counts: Mapping[Units, int], widths: str) -> 
         differences: dict[int, dict[str, int]] = {index: {} for index in range(blocks)}
         if per_layer.is_per_layer(model):
             for index, own in enumerate(model.config.per_layer_config):
-                differences[index] = {f: getattr(own, f) for fs in FIELDS.values() for f in fs if hasattr(own, f)}
+                differences[index] = {
+                    f: getattr(own, f) for fs in FIELDS.values() for f in fs if hasattr(own, f)
+                }
         for units, count in counts.items():
             differences[units.block].update(_fields(model, units, count))
         return per_layer.config_with(model.config, differences)
@@ -130,7 +132,8 @@ def config_after(model: nn.Module, counts: Mapping[Units, int], widths: str) -> 
 
 
 def output_errors(model: nn.Module, kept: Kept, batches: Iterable[Batch]) -> dict[Units, float]:
-    """Of each reading layer's output on the batches: what comes from the units that go, as a share of its square.
+    """Of each reading layer's output on the batches: what comes from the units that go, as a share of its
+    square.
 
     {} without batches, and nothing for channels.
     """
@@ -189,7 +192,9 @@ def _head_dim(config: Any) -> int:
 
 def _changed(config: Any, fields: Mapping[str, int]) -> Any:
     """A copy of the config with other widths, checked as when it is loaded."""
-    values = config.to_dict() | {config.attribute_map.get(name, name): value for name, value in fields.items()}
+    values = config.to_dict() | {
+        config.attribute_map.get(name, name): value for name, value in fields.items()
+    }
     if "head_dim" in values:
         values["head_dim"] = _head_dim(config)  # of itself it would follow from the other two
     try:
@@ -281,9 +286,11 @@ def _require_rms(model: nn.Module, kept: Kept) -> None:
     parts = [part for units in kept if units.kind == CHANNEL for part in units.parts]
     for name in dict.fromkeys(part.name.rpartition(".")[0] for part in parts):
         module: Any = model.get_submodule(name)
-        if is_norm(module) and (isinstance(module, nn.LayerNorm) or getattr(module, "bias", None) is not None):
+        if is_norm(module) and (
+            isinstance(module, nn.LayerNorm) or getattr(module, "bias", None) is not None
+        ):
             raise MethodError(
-                f"'{name}' is a {type(module).__name__}, which subtracts the mean over all channels of the stream.",
+                f"'{name}' is a {type(module).__name__}, which takes the mean over all channels off.",
                 fix="Prune units: [mlp, attention]; channels of models with RMS norms only.",
             )
 
@@ -305,7 +312,7 @@ def _take_out(model: nn.Module, kept: Kept) -> None:
 
 
 def _become(model: PreTrainedModel, twin: PreTrainedModel, config: Any) -> None:
-    """Give the model what the twin's modules say of widths (features, numbers of heads), its config and class."""
+    """Give the model what the twin's modules say of widths (features, heads), its config and class."""
     old = model.config
     for path, smaller in twin.named_modules():
         module = model.get_submodule(path)
@@ -315,4 +322,3 @@ def _become(model: PreTrainedModel, twin: PreTrainedModel, config: Any) -> None:
         if getattr(module, "config", None) is old:
             module.config = config
     model.__class__ = type(twin)
-

@@ -1,17 +1,17 @@
-"""What can be taken out of a model whole: neurons, heads, channels; and which slices of which weights they are.
+"""What can be taken out of a model whole: neurons, heads, channels; and which slices of weights they are.
 
 A *unit* is a set of slices that are of no use without each other:
 
-    mlp         neuron of a feed-forward network: its row of the layers that make the hidden (gate, up), its column
-                of the layer that reads it (down)
+    mlp         neuron of a feed-forward network: its row of the layers that make the hidden (gate, up), its
+                column of the layer that reads it (down)
     attention   a key-value head with the query heads that share it: rows of q, k, v, columns of o
-    channel     a channel of the residual stream: embeddings, norms, and every layer that reads or writes the stream,
-                in all blocks at once
+    channel     a channel of the residual stream: embeddings, norms, and every layer that reads or writes the
+                stream, in all blocks at once
 
 Units that compete with each other, those of one sub-layer, are a `Units`. They are found by structure: which
-linear layer ends a sub-layer is seen in a run of the model (`luthier.tuning.places`), and what the widths say.
-That they are the right ones is proven when they are cut (`luthier.compression.slicing`): a model without them
-computes what it computed with their outputs at zero.
+linear layer ends a sub-layer is seen in a run of the model (`luthier.tuning.places`), and what the widths
+say. That they are the right ones is proven when they are cut (`luthier.compression.slicing`): a model
+without them computes what it computed with their outputs at zero.
 """
 
 import math
@@ -29,6 +29,7 @@ from luthier.models import structure
 from luthier.tuning.places import SubLayer, is_norm, sub_layers
 
 MLP, ATTENTION, CHANNEL = "mlp", "attention", "channel"
+TITLES = {MLP: "neurons", ATTENTION: "heads", CHANNEL: "channels"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def find(model: nn.Module, kinds: list[str]) -> list[Units]:
     """The units of a model, block by block; `kinds` holds MLP and ATTENTION, or CHANNEL alone.
 
     Raises:
-        MethodError: the model has none of that kind that could be found, or its weights are not plain numbers.
+        MethodError: there are none of that kind, or the model's weights are not plain finite numbers.
     """
     trunk = require_prunable(model)
     places = _places(trunk)
@@ -128,7 +129,7 @@ def by_unit(values: Tensor, part: Part, *, vector: bool = False) -> Tensor:
     """Sum of `values`, of the parameter's shape, over each unit's slice: (count,), float32.
 
     Args:
-        vector: of the sum of each channel the absolute value is taken, before the channels of a unit are added.
+        vector: take the absolute value of each channel's sum, before the channels of a unit are added.
     """
     channels = values.float().movedim(part.dim, 0).flatten(1 if values.dim() > 1 else 0)
     sums = channels.sum(1) if channels.dim() > 1 else channels
@@ -158,6 +159,23 @@ def best(scores: Tensor, count: int) -> Tensor:
         )
     order = torch.sort(scores, descending=True, stable=True).indices
     return order[:count].sort().values
+
+
+def best_of_all(scores: dict[Units, Tensor], count: int) -> dict[Units, Tensor]:
+    """Indices of the `count` highest scores over several places, at least one of each."""
+    every = torch.cat([s.cpu() for s in scores.values()])
+    if not torch.isfinite(every).all():
+        best(every, 0)
+    place = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores.values())])
+    own = torch.cat([torch.arange(len(s)) for s in scores.values()])
+    first = torch.zeros(len(every), dtype=torch.bool)
+    offset = 0
+    for s in scores.values():
+        first[offset + int(s.argmax())] = True
+        offset += len(s)
+    order = torch.sort(every, descending=True, stable=True).indices
+    order = torch.cat([order[first[order]], order[~first[order]]])[: max(count, len(scores))]
+    return {u: own[order[place[order] == i]].sort().values for i, u in enumerate(scores)}
 
 
 def spread(kept: Tensor, size: int) -> Tensor:
@@ -274,6 +292,6 @@ def _require_own_weights(model: nn.Module, found: list[Units]) -> None:
         for part in units.parts:
             if part.name not in parameters:
                 raise MethodError(
-                    f"'{part.name}' is the weight of another layer too: its units cannot be cut for one alone.",
+                    f"'{part.name}' is the weight of another layer too: it cannot be cut for one alone.",
                     fix="Choose a model whose blocks have weights of their own.",
                 )

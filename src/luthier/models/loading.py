@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import luthier.models.per_layer  # noqa: F401  (the Auto classes know its model type by it)
 from luthier import checks
 from luthier.errors import ModelError, did_you_mean
 from luthier.models import gguf, keys, quantized, saving, sources, structure, tokens, vocabulary

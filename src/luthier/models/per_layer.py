@@ -1,8 +1,9 @@
 """Models whose blocks differ in width: the config and model classes that hold and reload them.
 
-transformers has a field for it (`per_layer_config`: {block: {field: value}}), but no model of its own that builds
-its blocks from that. Importing this file makes the Auto classes know the model type `luthier_per_layer`: the
-architecture named in `base_model_type`, whose blocks are each made from the config of their own.
+transformers has a field for it (`per_layer_config`: {block: {field: value}}), but no model of its own that
+builds its blocks from that. Importing this file makes the Auto classes know the model type
+`luthier_per_layer`: the architecture named in `base_model_type`, whose blocks are each made from the config
+of their own.
 
     import luthier.models.per_layer
     AutoModelForCausalLM.from_pretrained(folder)

@@ -3,8 +3,9 @@
     python -I reload.py REQUEST.json INPUTS.safetensors ANSWER.safetensors
 
 `luthier.models.saving.verify_export` starts it and compares. Nothing of luthier can be imported here: the
-folder must stand on its own. The exception is an adapter of a type that only `import luthier.tuning` makes
-PEFT know, as a user of it must write too.
+folder must stand on its own. The exceptions are an adapter of a type that only `import luthier.tuning` makes
+PEFT know, and a model whose blocks differ in width (`import luthier.models.per_layer`), as a user of them
+must write too.
 """
 
 import json
@@ -22,6 +23,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 def load_model(request: dict[str, Any]) -> Any:
     """The whole model in the folder, or its base with the adapter in the folder on it."""
     options = dict(request["options"])
+    if request["per_layer"]:
+        del sys.modules["luthier"]
+        import luthier.models.per_layer
     if request["quantization"] is not None:
         options["quantization_config"] = transformers.BitsAndBytesConfig(**request["quantization"])
         options["device_map"] = {"": request["device"]}
@@ -37,7 +41,8 @@ def load_model(request: dict[str, Any]) -> Any:
         base.resize_token_embeddings(request["rows"], mean_resizing=False)
     base.config.pad_token_id = request["pad_token_id"]  # a classifier reads the last token that is none
     if request["ours"]:
-        del sys.modules["luthier"]
+        if sys.modules["luthier"] is None:
+            del sys.modules["luthier"]
         import luthier.tuning  # noqa: F401
     model = PeftModel.from_pretrained(base.to(request["device"]), request["adapter"])
     return model.eval()

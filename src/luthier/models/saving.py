@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 import luthier
 from luthier import checks, files
 from luthier.errors import ModelError
-from luthier.models import quantized, sources, structure, tokens, vocabulary
+from luthier.models import per_layer, quantized, sources, structure, tokens, vocabulary
 from luthier.resources import explain
 from luthier.terminal import no_bars
 from luthier.tuning import registration
@@ -208,6 +208,7 @@ def reload_request(
     generates = structure.task(model) in ("causal", "seq2seq")
     adapter = isinstance(model, PeftModel)
     remote = type(base).__module__.startswith("transformers_modules")
+    by_layer = per_layer.is_per_layer(base)
     options: dict[str, Any] = {"attn_implementation": underlying(base.config._attn_implementation)}
     if remote:
         options["trust_remote_code"] = True
@@ -224,7 +225,8 @@ def reload_request(
         "quantization": held,
         "adapter": str(folder) if adapter else None,
         "ours": adapter and registration.is_ours(PeftConfig._get_peft_type(str(folder))),
-        "class": AUTO_CLASSES[structure.task(model)] if remote else type(base).__name__,
+        "per_layer": by_layer,
+        "class": AUTO_CLASSES[structure.task(model)] if remote or by_layer else type(base).__name__,
         "options": options,
         "device": str(base.device),
         "threads": torch.get_num_threads(),

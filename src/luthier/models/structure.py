@@ -33,9 +33,9 @@ def base(model: nn.Module) -> PreTrainedModel:
 
 def task(model: nn.Module) -> str | None:
     """The task by the model's class, one of `CLASSES`; None for another, a bare trunk say."""
-    name = type(base(model)).__name__
+    names = [cls.__name__ for cls in type(base(model)).__mro__]  # subclasses have their base's task
     for kind, classes in CLASSES.items():
-        if name in classes.values():
+        if any(name in classes.values() for name in names):
             return kind
     return None
 

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+import luthier.models.per_layer  # noqa: F401  (AutoConfig knows its model type by it)
 from luthier import checks
 from luthier.acceleration import fused_lora, fused_mlp, fused_norm
 from luthier.acceleration.losses import BLOCK, CACHE_ROWS

@@ -133,15 +133,15 @@ def fit(weight: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float32, shri
     levels = 2**scheme.bits - 1
     if scheme.symmetric:
         scale = grouped.abs().amax(-1) * shrink / (levels / 2)
-        scale = _stored(scale, dtype)
+        scale = stored(scale, dtype)
         return Grid(scheme, scale, torch.zeros_like(scale, dtype=torch.int8))
     low, high = grouped.amin(-1).clamp(max=0) * shrink, grouped.amax(-1).clamp(min=0) * shrink
-    scale = _stored((high - low) / levels, dtype)
+    scale = stored((high - low) / levels, dtype)
     zero = (scheme.low - torch.round(low / scale.float())).clamp(scheme.low, scheme.high)
     return Grid(scheme, scale, zero.to(torch.int8))
 
 
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """As it will lie on disk. A group of zeros has scale 1: its codes are zero whatever it is."""
     rounded = scale.to(dtype)
     return torch.where(
@@ -150,13 +150,32 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def round_activations(x: Tensor, bits: int, per: str, scale: Tensor | None = None) -> Tensor:
-    """Inputs (..., features) moved to a symmetric grid of `bits`, in their own dtype; computed in float32."""
+    """Inputs (..., features) moved to a symmetric grid of `bits`, in their own dtype; computed in float32.
+
+    Gradients pass as if nothing had been rounded.
+    """
     high = 2 ** (bits - 1) - 1
-    values = x.float()
+    values = x.detach().float()
     if per == "static":
         assert scale is not None
         step = scale.float()
     else:
         peak = values.abs().amax(-1, keepdim=True) if per == "token" else values.abs().amax()
         step = (peak / high).clamp_min(TINY)
-    return (torch.round(values / step).clamp_(-high - 1, high) * step).to(x.dtype)
+    rounded = torch.round(values / step).clamp_(-high - 1, high).mul_(step)
+    return straight_through(x, rounded.to(x.dtype))
+
+
+def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, bit for bit, whose gradient is handed to x as it comes."""
+    return _StraightThrough.apply(x, rounded)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None

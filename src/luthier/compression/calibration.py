@@ -9,10 +9,12 @@ that are done are read from there, and the pass goes on with the first that is n
 """
 
 import hashlib
+import inspect
 import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from luthier.compression.block import Block, Call
 from luthier.compression.grid import Grid, Scheme
-from luthier.compression.linear import QuantizedLinear, quantized_layers
+from luthier.compression.linear import QuantizedLinear, quantize_layer, quantized_layers
 from luthier.compression.records import Record
 from luthier.errors import MethodError, ModelError
 from luthier.models import structure
@@ -112,61 +114,64 @@ def catch(
     masks: list[Tensor] = []
     alike = False
     for batch in batches:
-        seen = _run(model, stack, batch, only_first=alike)
+        first, seen = _run(model, stack, batch, only_first=alike)
         if not hidden:
-            _require_chain(model, seen)
-            alike = all(_same(seen[0][1], call) for _, call, _ in seen)
-        hidden.append(seen[0][0])
+            alike = all(_same(seen[0], call) for call in seen)
+        hidden.append(first)
         for index, per_batch in enumerate(calls):
-            per_batch.append(seen[0 if alike else index][1])
+            per_batch.append(seen[0 if alike else index])
         masks.append(_token_mask(batch))
     return hidden, calls, masks
 
 
 def _run(
     model: nn.Module, stack: Sequence[nn.Module], batch: Batch, *, only_first: bool
-) -> list[tuple[Tensor, Call, Any]]:
-    """(hidden states, call, output) of each block in one run of the model."""
-    seen: list[tuple[Tensor, Call, Any]] = []
+) -> tuple[Tensor, list[Call]]:
+    """Hidden states before the first block and the call of each, in one run of the model, or a part of it."""
+    first: list[Tensor] = []
+    latest: list[Any] = []  # what the block before gave; no more is held, whatever the depth
+    calls: list[Call] = []
 
-    def before(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def before(block: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         options = dict(options)
-        first, *rest = inputs if inputs else (options.pop("hidden_states"),)
-        seen.append((first, Call(tuple(rest), options), None))
+        hidden, *rest = inputs or (options.pop("hidden_states", None),)
+        index = len(calls)
+        if index == len(stack) or block is not stack[index] or (index and hidden is not latest[0]):
+            raise _no_chain(model, f"block {index} is not run once, on what the one before it gives")
+        if not index:
+            first.append(hidden)
+        calls.append(Call(tuple(rest), options))
         if only_first:
             raise _Caught
 
     def after(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        first, call, _output = seen[-1]
-        seen[-1] = (first, call, output[0] if isinstance(output, tuple) else output)
+        latest[:] = [output[0] if isinstance(output, tuple) else output]
 
     handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in stack]
     handles += [b.register_forward_hook(after) for b in stack]
     try:
         device = model.get_input_embeddings().weight.device
-        with torch.no_grad():
+        with torch.no_grad(), suppress(_Caught):
             base = structure.base(model).base_model
-            base(**{key: value.to(device) for key, value in batch.items()}, **_no_cache(model))
-    except _Caught:
-        pass
+            base(**{key: value.to(device) for key, value in batch.items()}, **_no_cache(base))
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    if len(calls) < (1 if only_first else len(stack)):
+        raise _no_chain(model, f"of its {len(stack)} blocks {len(calls)} are run")
+    return first[0], calls
 
 
-def _no_cache(model: nn.Module) -> dict[str, Any]:
-    return {"use_cache": False} if structure.task(model) == "causal" else {}
+def _no_cache(base: nn.Module) -> dict[str, Any]:
+    """A cache would grow each time a block is run again."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
 
 
-def _require_chain(model: nn.Module, seen: list[tuple[Tensor, Call, Any]]) -> None:
-    for index, (later, earlier) in enumerate(zip(seen[1:], seen, strict=False), start=1):
-        if earlier[2] is not later[0]:
-            raise ModelError(
-                f"Block {index} of {type(model).__name__} does not read what block {index - 1} gives: "
-                "compression looks for a chain of blocks, hidden states in, hidden states out.",
-                fix="Use a model of the Llama, Qwen, Mistral, GPT-2, OPT or BERT kind.",
-            )
+def _no_chain(model: nn.Module, found: str) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} is no chain of blocks, hidden states in, hidden states out: {found}.",
+        fix="Use a model of the Llama, Qwen, Mistral, GPT-2, OPT or BERT kind.",
+    )
 
 
 def _same(first: Call, second: Call) -> bool:
@@ -205,11 +210,11 @@ class _Store:
 
     def keep(self, block: Block, records: list[Record]) -> None:
         state = {name: tensor.contiguous() for name, tensor in block.module.state_dict().items()}
-        schemes = {n: m.scheme.as_dict() for n, m in quantized_layers(block.module).items()}
+        layers = {n: _description(m) for n, m in quantized_layers(block.module).items()}
         weights, said = self._files(block)
         save_file(state, weights)
         draft = said.with_suffix(".partial")
-        draft.write_text(json.dumps({"schemes": schemes, "records": [r.as_dict() for r in records]}))
+        draft.write_text(json.dumps({"layers": layers, "records": [r.as_dict() for r in records]}))
         draft.replace(said)  # the last to appear: a block counts as done when it is there
 
     def restore(self, block: Block) -> list[Record] | None:
@@ -219,10 +224,9 @@ class _Store:
             return None
         known = json.loads(said.read_text())
         state = load_file(weights)
-        for name, scheme in known["schemes"].items():
-            block.replace(
-                f"{block.name}.{name}", _shell(block.module.get_submodule(name), name, scheme, state)
-            )
+        for name, layer in known["layers"].items():
+            plain = block.module.get_submodule(name)
+            block.replace(f"{block.name}.{name}", _shell(plain, name, layer, state))
         block.module.load_state_dict(state)
         log.info("block %d was done before", block.index + 1)
         return [Record(**record) for record in known["records"]]
@@ -237,18 +241,22 @@ class _Store:
         return stem.with_suffix(".safetensors"), stem.with_suffix(".json")
 
 
-def _shell(layer: nn.Module, name: str, scheme: dict[str, Any], state: dict[str, Tensor]) -> QuantizedLinear:
-    """A quantised layer of the right shapes, to be filled from the state."""
+def _description(layer: QuantizedLinear) -> dict[str, Any]:
+    """Of a quantised layer what is no tensor: its class, scheme, and values of its own."""
+    own = {name: getattr(layer, name) for name in layer.OWN}
+    values = {name: value for name, value in own.items() if not isinstance(value, Tensor)}
+    return {"class": type(layer).__name__, "scheme": layer.scheme.as_dict(), "values": values}
+
+
+def _shell(layer: nn.Module, name: str, known: dict[str, Any], state: dict[str, Tensor]) -> QuantizedLinear:
+    """A quantised layer of the right class and shapes, to be filled from the state."""
+    kinds = {kind.__name__: kind for kind in (QuantizedLinear, *QuantizedLinear.__subclasses__())}
+    kind, values = kinds[known["class"]], known["values"]
     codes, scale = state[f"{name}.codes"], state[f"{name}.scale"]
     zero = state.get(f"{name}.zero", torch.zeros_like(scale, dtype=torch.int8))
-    own: Any = layer
-    return QuantizedLinear(
-        codes,
-        Grid(Scheme(**scheme), scale, zero),
-        own.bias,
-        dtype=own.weight.dtype,
-        input_scale=state.get(f"{name}.input_scale"),
-    )
+    grid = Grid(Scheme(**known["scheme"]), scale, zero)
+    own = {o: values[o] if o in values else state[f"{name}.{o}"] for o in kind.OWN}
+    return quantize_layer(layer, codes, grid, state.get(f"{name}.input_scale"), kind=kind, **own)
 
 
 def choose_layers(model: nn.Module, targets: Sequence[str], exclude: Sequence[str]) -> set[str]:
@@ -259,7 +267,7 @@ def choose_layers(model: nn.Module, targets: Sequence[str], exclude: Sequence[st
         exclude: the same, of layers that stay as they are.
 
     Raises:
-        MethodError: a pattern matches nothing, or the head.
+        MethodError: a pattern matches nothing, or the head; or no layer is left.
     """
     name, _ = _stack(model)
     inside = {n for n in structure.linears(model) if n.startswith(f"{name}.")}
@@ -278,4 +286,10 @@ def choose_layers(model: nn.Module, targets: Sequence[str], exclude: Sequence[st
     def matches(layer: str, patterns: Sequence[str]) -> bool:
         return any(layer == p or layer.endswith(f".{p}") for p in patterns)
 
-    return {n for n in inside if (not targets or matches(n, targets)) and not matches(n, exclude)}
+    chosen = {n for n in inside if (not targets or matches(n, targets)) and not matches(n, exclude)}
+    if not chosen:
+        raise MethodError(
+            f"No layer is left to compress: exclude ({', '.join(exclude)}) takes out all that targets name.",
+            fix="Exclude fewer layers.",
+        )
+    return chosen

@@ -144,9 +144,7 @@ def fit(weight: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float32, shri
 def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """As it will lie on disk. A group of zeros has scale 1: its codes are zero whatever it is."""
     rounded = scale.to(dtype)
-    return torch.where(
-        rounded.float() > max(TINY, torch.finfo(dtype).tiny), rounded, torch.ones_like(rounded)
-    )
+    return torch.where(rounded.float() > TINY, rounded, torch.ones_like(rounded))
 
 
 def round_activations(x: Tensor, bits: int, per: str, scale: Tensor | None = None) -> Tensor:
@@ -154,16 +152,10 @@ def round_activations(x: Tensor, bits: int, per: str, scale: Tensor | None = Non
 
     Gradients pass as if nothing had been rounded.
     """
-    high = 2 ** (bits - 1) - 1
     values = x.detach().float()
-    if per == "static":
-        assert scale is not None
-        step = scale.float()
-    else:
-        peak = values.abs().amax(-1, keepdim=True) if per == "token" else values.abs().amax()
-        step = (peak / high).clamp_min(TINY)
-    rounded = torch.round(values / step).clamp_(-high - 1, high).mul_(step)
-    return straight_through(x, rounded.to(x.dtype))
+    step = activation_step(values, bits, per) if scale is None else scale.float()
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return straight_through(x, (torch.round(values / step).clamp_(low, high) * step).to(x.dtype))
 
 
 def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
@@ -179,3 +171,9 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0], None
+
+
+def activation_step(values: Tensor, bits: int, per: str) -> Tensor:
+    """The step of inputs: for each token (..., 1), or of the whole tensor, as a scalar."""
+    peak = values.abs().amax(-1, keepdim=True) if per == "token" else values.abs().amax()
+    return (peak / ((2**bits - 1) / 2)).clamp_min(TINY)

@@ -6,7 +6,7 @@ is an `nn.Linear` for whoever asks (PEFT puts adapters on it), but its `weight` 
 set.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,10 @@ class QuantizedLinear(nn.Linear):
         zero: int8 (out, groups), the code that stands for 0; None of a symmetric scheme.
         input_scale: float32 scalar, the step of the inputs under a static scheme; else None.
         scheme: what the codes mean.
+        transposed: it stands for a `Conv1D`, whose weight a model's files hold as (in, out).
     """
+
+    OWN: ClassVar[tuple[str, ...]] = ()  # what a subclass holds and takes beside: buffers and plain values
 
     codes: Tensor
     scale: Tensor
@@ -41,10 +44,11 @@ class QuantizedLinear(nn.Linear):
         *,
         dtype: torch.dtype,
         input_scale: Tensor | None = None,
+        transposed: bool = False,
     ):
         nn.Module.__init__(self)
         self.out_features, self.in_features = codes.shape
-        self.scheme, self.dtype = grid.scheme, dtype
+        self.scheme, self.dtype, self.transposed = grid.scheme, dtype, transposed
         self.register_buffer("codes", codes.contiguous())
         self.register_buffer("scale", grid.scale.contiguous())
         self.register_buffer("zero", None if grid.scheme.symmetric else grid.zero.contiguous())
@@ -100,24 +104,38 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 
 def quantize_layer(
-    layer: nn.Module, codes: Tensor, grid: Grid, input_scale: Tensor | None = None
+    layer: nn.Module,
+    codes: Tensor,
+    grid: Grid,
+    input_scale: Tensor | None = None,
+    *,
+    kind: type[QuantizedLinear] = QuantizedLinear,
+    **own: Any,
 ) -> QuantizedLinear:
-    """The quantised layer that stands for a plain one: its bias and dtype, these codes."""
+    """The quantised layer that stands for a plain one: its bias and dtype, these codes.
+
+    Args:
+        kind: class of the layer, which takes `own` beside.
+    """
     weight: Any = layer.weight
     bias: Any = layer.bias
-    made = QuantizedLinear(codes, grid, bias, dtype=weight.dtype, input_scale=input_scale)
+    transposed = isinstance(layer, Conv1D)
+    made = kind(codes, grid, bias, dtype=weight.dtype, input_scale=input_scale, transposed=transposed, **own)
     return made.train(layer.training)
 
 
 def dequantize(model: nn.Module) -> nn.Module:
-    """Give a model plain `nn.Linear` layers in place of quantised ones, in place; the same weights.
+    """Give a model plain layers in place of quantised ones, in place; the same weights.
 
     What is lost: the rounding of activations, which plain layers do not do.
     """
     for name, layer in quantized_layers(model).items():
+        weight = layer.weight
         with torch.device("meta"):
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        plain.weight = nn.Parameter(layer.weight, requires_grad=False)
+            plain: Any = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            if layer.transposed:
+                plain, weight = Conv1D(layer.out_features, layer.in_features), weight.T.contiguous()
+        plain.weight = nn.Parameter(weight, requires_grad=False)
         plain.bias = layer.bias
         model.set_submodule(name, plain.train(layer.training))
     return model

@@ -8,7 +8,7 @@ import luthier
 from luthier import taxonomy
 
 # Those that train; searches have invariants of their own.
-METHODS = [m.name for m in taxonomy.methods("tuning") if m.origin == "luthier" and not m.searches]
+METHODS = [m.name for m in taxonomy.serving("tuning") if m.origin == "luthier" and not m.searches]
 # Sizes that suit two blocks.
 OPTIONS = {
     "top_layers": {"k": 1},

@@ -13,6 +13,7 @@ The docstring of a method file:
     Pick it when the adapter must be small and merge away.
     Cost: r(in + out) parameters a layer.
     Family: tuning/lowrank                           <- only in files outside this package
+    Also: tuning                                     <- where a method does the work of another branch too
 
     Equations, what is trained, what differs from the authors' code ...
 
@@ -35,7 +36,7 @@ from luthier.errors import MethodError, did_you_mean, nearest
 from luthier.options import Option, check_options, read_options
 
 BRANCHES = ("tuning", "compression", "alignment", "acceleration")
-MARKS = {"Paper:": "paper", "Pick it when": "when", "Cost:": "cost", "Family:": "family"}
+MARKS = {"Paper:": "paper", "Pick it when": "when", "Cost:": "cost", "Family:": "family", "Also:": "also"}
 _root = Path(__file__).parent
 _added: dict[str, "Method"] = {}
 
@@ -50,6 +51,7 @@ class Method:
         origin: 'luthier', or the entry point or file that brought it.
         searches: its `Config` has a function `search`: it trains no weights but finds something for a model
             that stays as it is (`luthier.tuning.search`).
+        also: another branch whose work it does: PEQA quantises, and is a way to tune what is quantised.
     """
 
     path: str
@@ -63,6 +65,7 @@ class Method:
     fault: str = ""
     origin: str = "luthier"
     searches: bool = False
+    also: str = ""
     family: str = field(default="", repr=False)
 
     @property
@@ -72,6 +75,10 @@ class Method:
     @property
     def branch(self) -> str:
         return self.path.split("/", 1)[0]
+
+    def serves(self, branch: str) -> bool:
+        """Whether it can be named where a method of that branch is asked for."""
+        return branch in (self.branch, self.also)
 
     def options(self) -> list[Option]:
         """The options of its `Config`, read without importing. Raises MethodError for a broken file."""
@@ -124,13 +131,18 @@ def methods(path: str = "") -> list[Method]:
     return found
 
 
+def serving(branch: str) -> list[Method]:
+    """The methods that do the work of a branch, in tree order: its own, and those of others that do it too."""
+    return [method for method in methods() if method.serves(branch)]
+
+
 def find(name: str, branch: str = "") -> Method:
-    """The method of that name or full path, in `branch` only where given.
+    """The method of that name or full path; of those that serve `branch` only, where given.
 
     Raises:
         MethodError: unknown or ambiguous name; names the nearest ones.
     """
-    choices = [m for m in methods() if not branch or m.branch == branch]
+    choices = [m for m in methods() if not branch or m.serves(branch)]
     found = [m for m in choices if name in (m.name, m.path)]
     if len(found) == 1:
         return found[0]

@@ -43,6 +43,7 @@ RATES = {
     "tuning/partial": (2e-5, 1e-4, 5e-4),
     "tuning/prompts": (1e-3, 1e-2, 5e-2),
     "tuning": (2e-4, 1e-3, 5e-3),
+    "compression": (5e-5, 2e-4, 1e-3),  # scales of weights, which are small numbers themselves
 }
 # Options that set how many parameters a method has, and the values that are tried from the largest on.
 SIZES = {

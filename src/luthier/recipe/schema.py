@@ -161,12 +161,12 @@ class MethodSpec(Strict):
 
     @classmethod
     def _names(cls) -> list[str]:
-        return [m.name for m in taxonomy.methods() if m.branch == cls.branch]
+        return [m.name for m in taxonomy.serving(cls.branch)]
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         """A name, or a mapping whose other keys depend on the name: `if name is lora then these options`."""
-        found = [m for m in taxonomy.methods() if m.branch == cls.branch and not m.fault]
+        found = [m for m in taxonomy.serving(cls.branch) if not m.fault]
         names = {"enum": [m.name for m in found], "description": cls.__doc__}
         cases = [
             {

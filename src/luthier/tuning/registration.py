@@ -86,7 +86,7 @@ def register_all() -> None:
 
     Done when `luthier.tuning` is imported; again it finds the files that were added to the tree since.
     """
-    for method in taxonomy.methods("tuning"):
+    for method in taxonomy.serving("tuning"):
         name = "" if method.fault else declared(method)
         if name and name.upper() not in PeftType.__members__:
             PEFT_TYPE_TO_CONFIG_MAPPING[_member(name.upper())] = Deferred(method)

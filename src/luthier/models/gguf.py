@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import struct
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,21 +137,30 @@ def _convert(path: Path, file: str, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
-    from luthier.models.saving import save
+    from luthier.models import sources
+    from luthier.models.saving import check_files, save
     from luthier.terminal import no_bars
 
+    check_files(path)
     log.info("converting %s to safetensors, once; it is kept in %s", file, folder)
-    found, _ = header(path / file)
+    found, names = header(path / file)
+    scaled = _scaled_rope(found, names, sources.record(path), path / file)
     try:
         # Without `dequantize` the weights stay packed, and neither learn nor can be saved.
         with no_bars(), _bar_of_ours():
             model = AutoModelForCausalLM.from_pretrained(
-                path, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+                path,
+                gguf_file=file,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+                **scaled,
             )
-        tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=file)
+        ours = "gguf" in sources.record(path)  # then the tokenizer's own files lie beside
+        tokenizer = AutoTokenizer.from_pretrained(path) if ours else header_tokenizer(path / file)
     except (ValueError, OSError, RuntimeError, ImportError, KeyError, IndexError) as error:
         raise ModelError(f"{path / file} cannot be converted: {error}") from error
-    _set_pre_tokenizer(tokenizer, found, path / file)
+    if not ours:
+        set_pre_tokenizer(tokenizer, found, path / file)
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.config._name_or_path = file
     # The header states one end token; a chat model ends its turn with it, and generation must stop there.
@@ -160,6 +170,42 @@ def _convert(path: Path, file: str, folder: Path) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     save(model, folder, tokenizer)
+
+
+def header_tokenizer(file: Path) -> Any:
+    """The tokenizer as transformers reads it from a GGUF file's header.
+
+    It would take a `tokenizer.json` beside the file instead, and then none of the special tokens.
+    """
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory(prefix="luthier-") as place:
+        (Path(place) / file.name).symlink_to(file.resolve())
+        return AutoTokenizer.from_pretrained(place, gguf_file=file.name)
+
+
+def _scaled_rope(
+    found: dict[str, Any], names: list[str], record: dict[str, Any], path: Path
+) -> dict[str, Any]:
+    """What to give transformers where the RoPE is scaled: it reads the base from a GGUF file, and no scaling.
+
+    Raises:
+        ModelError: the scaling is in the file in a way that the config of a model cannot state.
+    """
+    if "gguf" in record:  # we wrote the file, and beside it what it was made from
+        return {"rope_parameters": record["rope_parameters"]}
+    kind = found.get("general.architecture", "")
+    scaling = found.get(f"{kind}.rope.scaling.type", "none")
+    if scaling == "linear":
+        base, factor = found[f"{kind}.rope.freq_base"], found[f"{kind}.rope.scaling.factor"]
+        return {"rope_parameters": {"rope_type": "linear", "rope_theta": base, "factor": factor}}
+    if scaling != "none" or "rope_freqs.weight" in names:
+        how = scaling if scaling != "none" else "a factor for each frequency"
+        raise ModelError(
+            f"{path}: its RoPE is scaled by {how}, which cannot be read back from a GGUF file.",
+            fix="Use the model's safetensors folder, whose config.json says it.",
+        )
+    return {}
 
 
 @contextmanager
@@ -192,7 +238,7 @@ def _bar_of_ours() -> Iterator[None]:
         reading.tqdm = theirs
 
 
-def _set_pre_tokenizer(tokenizer: Any, found: dict[str, Any], path: Path) -> None:
+def set_pre_tokenizer(tokenizer: Any, found: dict[str, Any], path: Path) -> None:
     """Split text as the model's own tokenizer does, which transformers reads from the header only in part."""
     from tokenizers import pre_tokenizers
 

@@ -29,6 +29,8 @@ def load_model(request: dict[str, Any]) -> Any:
     if request["quantization"] is not None:
         options["quantization_config"] = transformers.BitsAndBytesConfig(**request["quantization"])
         options["device_map"] = {"": request["device"]}
+    if "gguf_file" in options:
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     base = getattr(transformers, request["class"]).from_pretrained(request["base"], **options)
     for layer in base.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):  # it would compute in bfloat16 whatever the dtype

@@ -148,6 +148,8 @@ def _folder(name: str, path: Path) -> Source:
     if inside is not None:
         if (inside / "adapter_config.json").is_file():
             return _adapter(name, "run", inside)
+        if files := sorted(inside.glob("*.gguf")):
+            return Source(name, "run", inside, gguf_file=files[0].name)
         _require_weights(name, inside)
         return Source(name, "run", inside)
     files = sorted(path.glob("*.gguf"))
@@ -184,8 +186,10 @@ def _of_run(path: Path) -> Path | None:
     stages = [p for p in path.iterdir() if re.fullmatch(r"\d+-.+", p.name) and p.suffix != ".partial"]
     for stage in [path, *sorted(stages, key=lambda p: int(p.name.split("-")[0]), reverse=True)]:
         for part in ("model", "adapter"):
-            if any((stage / part / f).is_file() for f in ("config.json", "adapter_config.json")):
-                return stage / part
+            place = stage / part
+            whole = any((place / f).is_file() for f in ("config.json", "adapter_config.json"))
+            if whole or any(place.glob("*.gguf")):
+                return place
     return None
 
 

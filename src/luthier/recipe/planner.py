@@ -485,17 +485,30 @@ def _export(base: _Base, stage: ExportStage, tuned: TuneStage | None) -> StagePl
     weights, _, _ = footprint.sizes(model)
     parameters = sum(p.numel() for p in model.parameters())
     artefact = weights
-    if stage.format != "safetensors" and tuned is not None:
+    reloaded = None
+    if stage.format == "gguf":
+        artefact, reloaded = _gguf_bytes(stage, model), 4 * parameters
+    elif not stage.whole and tuned is not None:
         _, artefact, _ = footprint.sizes(footprint.attach(model, tuned.method.method(**tuned.method.options)))
     if stage.merge and tuned is not None:
         require_mergeable(footprint.attach(model, tuned.method.method(**tuned.method.options)))
-    # A merge runs in float32; the proof loads what was written once more, in a process of its own.
-    merged = parameters * 4 if stage.merge else 0
-    memory = Memory(weights=weights, activations=merged, runtime=2 * machine.RUNTIME + artefact)
+    # A merge runs in float32, as a GGUF file is compared; the proof loads what was written once more, in a
+    # process of its own.
+    merged = parameters * 4 if stage.merge or reloaded else 0
+    memory = Memory(weights=weights, activations=merged, runtime=2 * machine.RUNTIME + (reloaded or artefact))
     return StagePlan(
         stage.name, stage.kind, memory, total=parameters, seconds=20 + artefact / 1e8,
         disk_bytes=artefact, artefact_bytes=artefact, detail=stage.summary(),
     )  # fmt: skip
+
+
+def _gguf_bytes(stage: ExportStage, model: Any) -> int:
+    """Size of the GGUF file; raises ModelError where the model cannot be written as one."""
+    from luthier.models.gguf_writing import file_size, require_writable
+
+    assert stage.gguf_type is not None
+    require_writable(model, stage.gguf_type)
+    return file_size(model, stage.gguf_type)
 
 
 def _cheapest_change(base: _Base, found: Plan) -> str:

@@ -1,8 +1,12 @@
-"""Write the model as a folder of its own that transformers or PEFT load, and prove it in a fresh process."""
+"""Write the model as a folder of its own that others load, and prove it in a fresh process."""
+
+from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
+from luthier.models.gguf_writing import save_gguf, verify_gguf
 from luthier.models.saving import save, verify_export
 from luthier.recipe.context import Context
 from luthier.recipe.schema import ExportStage
@@ -19,6 +23,8 @@ def run(stage: ExportStage, context: Context) -> StageResult:
         CheckError: the merged model is not the tuned one, or the folder does not reload as what was saved.
     """
     model, tokenizer = context.lend(train=False)
+    if stage.format == "gguf":
+        return _gguf(stage, context, model, tokenizer)
     dtype = None if stage.dtype == "auto" else getattr(torch, stage.dtype)
     if stage.merge:
         model = merge(model, dtype)
@@ -34,4 +40,17 @@ def run(stage: ExportStage, context: Context) -> StageResult:
             "dtype": str(model.dtype).removeprefix("torch."),
         },
         total=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def _gguf(
+    stage: ExportStage, context: Context, model: Any, tokenizer: PreTrainedTokenizerBase
+) -> StageResult:
+    assert stage.gguf_type is not None
+    merged = merge(model, torch.float32) if stage.merge else model  # rounded once, to the file's type
+    file = save_gguf(merged, context.work / "model", tokenizer, stage.gguf_type)
+    verify_gguf(file, merged, tokenizer)
+    return StageResult(
+        details={"format": stage.format, "gguf_type": stage.gguf_type, "merged": bool(stage.merge)},
+        total=sum(parameter.numel() for parameter in merged.parameters()),
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.compression.statistics import Statistic
+from luthier.errors import MethodError
 
 
 class _Enough(Exception):
@@ -82,8 +83,16 @@ class Block:
         self.model.set_submodule(name, layer)
 
     @torch.no_grad()
-    def run(self, index: int, module: nn.Module | None = None) -> Tensor:
+    def run(self, index: int, module: Any = None) -> Tensor:
         """Output (batch, seq, hidden) of the block on one batch of its inputs."""
+        return self.compute(index, module)
+
+    def compute(self, index: int, module: Any = None) -> Tensor:
+        """The same, with gradients where they are switched on.
+
+        Args:
+            module: what is called in the block's place.
+        """
         call = self.calls[index]
         made = (module or self.module)(self.hidden[index], *call.arguments, **call.options)
         return made[0] if isinstance(made, tuple) else made
@@ -94,27 +103,44 @@ class Block:
             self.hidden[index] = self.run(index)
 
     def groups(self) -> list[list[str]]:
-        """Names of the layers that read one and the same tensor, group by group as they work."""
+        """Names of the layers that read one and the same tensor, group by group as they work.
+
+        Raises:
+            MethodError: a layer is at work on none of the batches (an expert that no token goes to).
+        """
+        waiting = self.layers()
         found: dict[int, list[str]] = {}
         held: list[Tensor] = []  # alive, so that no id comes twice
 
         def seen(name: str) -> Any:
             def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 held.append(inputs[0])
-                found.setdefault(id(inputs[0]), []).append(name)
+                if waiting.pop(name, None) is not None:
+                    found.setdefault(id(inputs[0]), []).append(name)
 
             return hook
 
-        with hooked(self.layers(), seen):
-            self.run(0)
+        for index in range(len(self.hidden)):
+            if waiting:
+                with hooked(dict(waiting), seen):
+                    self.run(index)
+        if waiting:
+            raise MethodError(
+                f"{min(waiting)} is not used on the calibration data: nothing is known of its inputs.",
+                fix="Give more calibration data, or leave the layer out (exclude).",
+            )
         return list(found.values())
 
     def observe(self, statistics: Mapping[str, Statistic]) -> None:
         """Run all batches through the block and show each layer's inputs to its statistic.
 
         Layers of a group may share one statistic: it is then fed once.
+
+        Raises:
+            MethodError: a layer's inputs are not finite.
         """
-        layers, fed = self.all_layers(), {}
+        layers = self.all_layers()
+        fed: dict[int, str] = {}
         for name, statistic in statistics.items():
             fed.setdefault(id(statistic), name)
         readers = {name: layers[name] for name in fed.values()}
@@ -122,7 +148,13 @@ class Block:
             return
         for index, mask in enumerate(self.masks):
             for name, x in self._inputs(readers, index):
-                statistics[name].add(real_tokens(x, mask))
+                tokens = real_tokens(x, mask)
+                if not torch.isfinite(tokens).all():
+                    raise MethodError(
+                        f"The inputs of {name} are not finite on calibration batch {index} ({x.dtype}).",
+                        fix="Load the model in float32, or look at its weights and the data.",
+                    )
+                statistics[name].add(tokens)
 
     def inputs(self, name: str, index: int) -> Tensor:
         """The inputs of one layer on one batch, (tokens, features) without padding."""

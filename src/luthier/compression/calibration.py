@@ -136,8 +136,10 @@ def _run(
         options = dict(options)
         hidden, *rest = inputs or (options.pop("hidden_states", None),)
         index = len(calls)
-        if index == len(stack) or block is not stack[index] or (index and hidden is not latest[0]):
-            raise _no_chain(model, f"block {index} is not run once, on what the one before it gives")
+        if index == len(stack) or block is not stack[index]:
+            raise _no_chain(model, "its blocks are not run once each, in their order")
+        if index and hidden is not latest[0]:
+            raise _no_chain(model, f"block {index} does not read what block {index - 1} gives")
         if not index:
             first.append(hidden)
         calls.append(Call(tuple(rest), options))
@@ -270,6 +272,7 @@ def choose_layers(model: nn.Module, targets: Sequence[str], exclude: Sequence[st
         MethodError: a pattern matches nothing, or the head; or no layer is left.
     """
     name, _ = _stack(model)
+    targets, exclude = ([p] if isinstance(p, str) else p for p in (targets, exclude))
     inside = {n for n in structure.linears(model) if n.startswith(f"{name}.")}
     if not inside:
         raise MethodError(f"The blocks of {type(model).__name__} have no linear layers to compress.")

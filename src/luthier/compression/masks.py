@@ -22,7 +22,7 @@ def parse(pattern: str | None) -> tuple[int, int] | None:
     """
     if pattern is None:
         return None
-    found = re.fullmatch(r"(\d+):(\d+)", pattern)
+    found = re.fullmatch(r"(\d+):(\d+)", str(pattern))
     zeros, group = (int(found[1]), int(found[2])) if found else (0, 0)
     if not found or not 0 < zeros < group:
         raise MethodError(

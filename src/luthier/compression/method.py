@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from luthier.compression import masks
 from luthier.compression.block import Block
-from luthier.compression.grid import Grid, Scheme, fit, require_divides
+from luthier.compression.grid import Grid, Scheme, activation_step, fit, require_divides
 from luthier.compression.linear import dimensions, matrix, quantize_layer, require_plain, set_matrix
 from luthier.compression.records import Record
 from luthier.compression.statistics import Hessian, Moments
@@ -32,6 +32,11 @@ class OneShot:
 
     quantizes: ClassVar[bool] = False
     needs_data: ClassVar[bool] = True
+
+    @property
+    def wants_data(self) -> bool:
+        """Whether the method, with these options, must see inputs."""
+        return self.needs_data
 
     def check(self, name: str, layer: nn.Module) -> None:
         """Refuse a layer that cannot be compressed so, before anything is changed.
@@ -96,6 +101,10 @@ class Quantizer(OneShot):
         per: Any = self.activation_per
         return Scheme(self.bits, self.group_size, self.symmetric, self.activation_bits, per)
 
+    @property
+    def wants_data(self) -> bool:
+        return self.needs_data or (self.activation_bits is not None and self.activation_per == "static")
+
     def check(self, name: str, layer: nn.Module) -> None:
         super().check(name, layer)
         require_divides(self.scheme, dimensions(layer)[1], name)
@@ -111,7 +120,7 @@ class Quantizer(OneShot):
         if self.activation_bits is not None and self.activation_per == "static":
             moments = Moments(dimensions(layer)[1], block.device)
             block.observe({name: moments})
-            scale = moments.peak.amax() / (2 ** (self.activation_bits - 1) - 1)
+            scale = activation_step(moments.peak, self.activation_bits, "tensor")
         block.replace(name, quantize_layer(layer, codes, grid, scale))
 
     def round_layers(self, block: Block) -> Iterator[Record]:
@@ -152,7 +161,8 @@ def prune_layer(name: str, layer: nn.Module, mask: Tensor, hessian: Tensor | Non
 
     Args:
         mask: bool (out, in).
-        hessian: of the inputs, for the error of the output; without it the error is the weight's.
+        hessian: of the inputs, for the error of the output, or its diagonal alone (in,); without it the
+            error is the weight's.
     """
     weight = matrix(layer)
     pruned = weight.masked_fill(mask, 0)
@@ -174,5 +184,5 @@ def weight_error(change: Tensor, weight: Tensor) -> float:
 
 
 def _square(weight: Tensor, hessian: Tensor) -> Tensor:
-    """tr(W H W^T): the squared output, up to the factor of H."""
-    return ((weight @ hessian) * weight).sum()
+    """tr(W H W^T): the squared output, up to the factor of H. Of a vector as if H were diagonal."""
+    return ((weight * hessian if hessian.dim() == 1 else weight @ hessian) * weight).sum()

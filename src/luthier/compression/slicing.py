@@ -16,7 +16,7 @@ the weight, C'/C on the epsilon.
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from luthier import checks
-from luthier.compression.units import ATTENTION, CHANNEL, MLP, Units, spread
+from luthier.compression.records import Record
+from luthier.compression.units import ATTENTION, CHANNEL, MLP, TITLES, Units, removed, spread
 from luthier.errors import MethodError
 from luthier.models import per_layer, structure
 from luthier.tuning.places import is_norm
@@ -94,6 +95,25 @@ def valid_count(model: nn.Module, group: Iterable[Units], count: int) -> int:
             continue
         return number
     return group[0].count
+
+
+def targets(model: nn.Module, found: Sequence[Units], ratio: float, widths: str) -> dict[Units, int]:
+    """How many units each place keeps where a ratio of them goes.
+
+    Raises:
+        MethodError: the ratio is above 0, and no place has so many units that one would go.
+    """
+    counts = {u: u.count - removed(u, ratio) for u in found}
+    for kind in {u.kind for u in found} if widths == "uniform" else ():
+        group = [u for u in found if u.kind == kind]
+        counts |= dict.fromkeys(group, valid_count(model, group, counts[group[0]]))
+    if ratio and all(count == u.count for u, count in counts.items()):
+        sizes = ", ".join(sorted({f"{u.count} {TITLES[u.kind]}" for u in found}))
+        raise MethodError(
+            f"ratio: {ratio:g} takes nothing out of the {sizes or 'units'} of a block.",
+            fix="Write a larger ratio, or units with more in a block.",
+        )
+    return counts
 
 
 def config_after(model: nn.Module, counts: Mapping[Units, int], widths: str) -> Any:
@@ -167,6 +187,19 @@ def output_errors(model: nn.Module, kept: Kept, batches: Iterable[Batch]) -> dic
             mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
             model.base_model(**inputs)
     return {u: float(s[0] / s[1].clamp_min(1e-30)) for u, s in sums.items()} if seen else {}
+
+
+def records(kept: Kept, errors: Mapping[Units, float], seconds: float) -> list[Record]:
+    """What became of each place; `after` is its error, `sparsity` the share of its units that are gone."""
+    found = []
+    for u, indices in kept.items():
+        name = u.name if u.kind == CHANNEL else u.name.rpartition(".")[0]
+        note = f"{len(indices)} of {u.count} {TITLES[u.kind]} kept"
+        share = 1 - len(indices) / u.count
+        found.append(
+            Record(name, 0.0, errors.get(u, 0.0), sparsity=share, seconds=seconds / len(kept), note=note)
+        )
+    return found
 
 
 def _fields(model: nn.Module, units: Units, count: int) -> dict[str, int]:

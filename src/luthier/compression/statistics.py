@@ -68,14 +68,16 @@ class Samples:
     """Up to `count` inputs, evenly spread over all tokens that are announced: (count, features)."""
 
     def __init__(self, count: int, total: int):
-        self.count, self._stride, self._seen = count, max(1, total // count), 0
+        self.count, self._seen = min(count, total), 0
+        self._wanted = torch.arange(self.count) * total // max(1, self.count)  # positions, ascending
         self._kept: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
-        first = -self._seen % self._stride
-        self._kept.append(x[first :: self._stride].float().clone())
+        places = self._wanted - self._seen
+        places = places[(places >= 0) & (places < len(x))]
+        self._kept.append(x[places.to(x.device)].float())
         self._seen += len(x)
 
     @property
     def value(self) -> Tensor:
-        return torch.cat(self._kept)[: self.count]
+        return torch.cat(self._kept)

@@ -22,6 +22,7 @@ from transformers import (
 
 import luthier.models.per_layer  # noqa: F401  (the Auto classes know its model type by it)
 from luthier import checks
+from luthier.compression import storage
 from luthier.errors import ModelError, did_you_mean
 from luthier.models import gguf, keys, quantized, saving, sources, structure, tokens, vocabulary
 from luthier.models.placement import Placement, place
@@ -134,7 +135,7 @@ def _load_model(
         raise _explained(error, name, task) from error
     _require_all_keys(model, info, name, task)
     quantized.settle(model)
-    return model
+    return storage.restore(model)
 
 
 def _explained(error: BaseException, name: str, task: str) -> ModelError:

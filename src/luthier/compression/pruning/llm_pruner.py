@@ -121,28 +121,33 @@ class Config:
         """
         batches = list(batches)
         first = self._chosen(model)
-        targets = self.targets(model, first)
-        records: list[Record] = []
+        targets = slicing.targets(model, first, self.ratio, self.widths)
+        if all(count == u.count for u, count in targets.items()):
+            return slicing.records({u: torch.arange(u.count) for u in first}, {}, 0.0)
+        found: list[Record] = []
         for step in range(1, self.steps + 1):
             start = time.perf_counter()
             now = self._chosen(model)
-            counts = {u.name: u.count - round((u.count - targets[u]) * step / self.steps) for u in first}
+            counts = self._counts(model, now, targets, step)
             scores = self.scores(model, now, batches)
             kept = self.keep(scores, counts)
             errors = slicing.output_errors(model, kept, batches)
+            for u, indices in kept.items():
+                if u.kind == CHANNEL:
+                    errors[u] = 1 - float(scores[u][indices].sum() / scores[u].sum().clamp_min(1e-30))
             slicing.cut(model, kept, widths=self.widths)
-            records += [
-                self._record(u, i, scores[u], errors, time.perf_counter() - start) for u, i in kept.items()
-            ]
-        return records
+            found += slicing.records(kept, errors, time.perf_counter() - start)
+        return found
 
-    def targets(self, model: nn.Module, found: list[Units]) -> dict[Units, int]:
-        """How many units each place keeps in the end; under a global scope how many it would keep alone."""
-        counts = {u: u.count - units.removed(u, self.ratio) for u in found}
-        if self.widths == "uniform":
-            for kind in self.kinds:
-                group = [u for u in found if u.kind == kind]
-                counts |= dict.fromkeys(group, slicing.valid_count(model, group, counts[group[0]]))
+    def _counts(
+        self, model: nn.Module, now: list[Units], targets: dict[Units, int], step: int
+    ) -> dict[str, int]:
+        """How many units each place, by its name, keeps in a round: as many more as rounds are left."""
+        counts = {u.name: u.count - (u.count - kept) * step // self.steps for u, kept in targets.items()}
+        for kind in self.kinds if self.widths == "uniform" and step < self.steps else ():
+            group = [u for u in now if u.kind == kind]
+            number = slicing.valid_count(model, group, counts[group[0].name])
+            counts |= {u.name: number for u in group}
         return counts
 
     def scores(
@@ -196,15 +201,6 @@ class Config:
                 fix=f"Write two numbers with 0 <= start < end <= {last}.",
             )
         return inside
-
-    def _record(
-        self, u: Units, kept: Tensor, scores: Tensor, errors: dict[Units, float], seconds: float
-    ) -> Record:
-        share = 1 - float(scores[kept].sum() / scores.sum().clamp_min(1e-30))
-        name = u.name if u.kind == CHANNEL else u.name.rpartition(".")[0]
-        note = f"{len(kept)} of {u.count} {units.TITLES[u.kind]}"
-        after = share if u.kind == CHANNEL else errors.get(u, 0.0)
-        return Record(name, 0.0, after, sparsity=1 - len(kept) / u.count, seconds=seconds, note=note)
 
 
 def salience(weight: Tensor, gradient: Tensor | None, fisher: Tensor | None, kind: str) -> Tensor:

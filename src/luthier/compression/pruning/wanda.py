@@ -33,4 +33,6 @@ class Config(Pruner):
         block.observe(moments)
         for name, layer in layers.items():
             norm = moments[name].norm  # (in,)
-            yield prune_layer(name, layer, self.mask(matrix(layer).abs() * norm, "row"), (norm**2).diag())
+            record = prune_layer(name, layer, self.mask(matrix(layer).abs() * norm, "row"), norm**2)
+            record.note = "error as if inputs were uncorrelated"
+            yield record

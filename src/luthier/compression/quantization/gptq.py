@@ -20,6 +20,7 @@ rows without negative values unsigned; ours does not.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ class Config(Quantizer, LayerByLayer):
     def settle(self, layer: nn.Module, weight: Tensor, nearest: Grid, hessian: Tensor) -> tuple[Grid, Swept]:
         """The grid and the swept weight (out, in)."""
         zeros = weight == 0 if share_of_zeros(weight) >= SPARSE else None
-        options = {"damping": self.damping, "block": self.block_size}
+        options: dict[str, Any] = {"damping": self.damping, "block": self.block_size}
         if self.act_order or not self.group_size:
             order = hessian.diagonal().argsort(descending=True, stable=True) if self.act_order else None
 

@@ -60,9 +60,9 @@ def save(model: nn.Module, folder: Path) -> None:
     for name, layer in odd.items():
         if layer.scheme.activation_bits is not None:
             raise ModelError(
-                f"{name} ({type(layer).__name__}, {layer.scheme}) cannot be stored: neither compressed-tensors
-                nor " "plain weights hold what it does to its inputs.", fix="Evaluate it in the same run, or
-                choose symmetric weights with inputs rounded a token.",
+                f"{name} ({type(layer).__name__}, {layer.scheme}) cannot be stored: neither compressed-tensors "
+                "nor plain weights hold what it does to its inputs.",
+                fix="Evaluate it in the same run, or choose symmetric weights with inputs rounded a token.",
             )
     if odd:
         log.warning("%d quantised layers are stored as plain weights, such as %s", len(odd), next(iter(odd)))

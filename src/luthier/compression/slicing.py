@@ -335,12 +335,12 @@ def _take_out(model: nn.Module, kept: Kept) -> None:
     for units, indices in kept.items():
         for part in units.parts:
             old = parameters[part.name]
-            now = new.get(id(old), old)
+            now: Tensor = new.get(id(old), old)
             index = spread(indices.to(old.device), part.size)
             new[id(old)] = nn.Parameter(now.index_select(part.dim, index), requires_grad=old.requires_grad)
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
-            if id(parameter) in new:
+            if parameter is not None and id(parameter) in new:
                 module._parameters[name] = new[id(parameter)]
 
 

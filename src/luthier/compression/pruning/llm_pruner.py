@@ -178,7 +178,7 @@ class Config:
         """Indices of the units that stay, those of highest importance."""
         if self.scope == "layer":
             return {u: units.best(s, counts[u.name]) for u, s in scores.items()}
-        kept = {}
+        kept: dict[Units, Tensor] = {}
         for kind in self.kinds:
             group = {u: s for u, s in scores.items() if u.kind == kind}
             kept |= units.best_of_all(group, sum(counts[u.name] for u in group))

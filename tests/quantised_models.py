@@ -1,4 +1,4 @@
-"""The tiny models with a base in 4 bits, as the loader gives it."""
+"""The tiny models with a base in 4 bits: as the loader gives it, and in integers of our own layers."""
 
 import tempfile
 from collections.abc import Callable
@@ -6,9 +6,11 @@ from functools import cache
 from pathlib import Path
 
 import tiny
+import torch
 from transformers import PreTrainedModel
 
 import luthier
+from luthier.compression.compress import compress
 from luthier.models import structure
 
 Make = Callable[[], PreTrainedModel]
@@ -33,3 +35,10 @@ def load(make: Make, quantization: str | None = "nf4-dq", dtype: str = "float32"
     place, task = _folder(make)
     options = {"task": task, "dtype": dtype, "device": "cpu", "quantization": quantization}
     return luthier.load(place.name, **options)[0].eval()
+
+
+def rounded(make: Make, dtype: str = "float32", **options) -> PreTrainedModel:
+    """Rounded to the nearest integer, with scales and zero points for each row."""
+    model = make().to(getattr(torch, dtype))
+    compress(model, luthier.method("peqa")(**options))
+    return model

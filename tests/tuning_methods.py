@@ -24,7 +24,7 @@ OPTIONS = {
 # Options that depend on the model.
 MADE_FOR = {"fusion": lambda make: {"adapters": fused_sources.pfeiffer(make)}}
 # Methods that want a base that is held in another way.
-BASES = {"qlora": quantised_models.load}
+BASES = {"qlora": quantised_models.load, "peqa": quantised_models.rounded}
 
 
 def config(name, make=None, **options):

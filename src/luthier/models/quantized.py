@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from luthier.compression.linear import quantized_layers
 from luthier.errors import ModelError, did_you_mean
 from luthier.models import structure
 from luthier.resources import release_memory
@@ -101,6 +102,12 @@ def count(parameter: nn.Parameter) -> int:
     """Number of weights in a parameter, also of those that share a byte."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
+
+
+def held(model: nn.Module) -> dict[int, int]:
+    """Number of weights in each tensor that holds some, by its id: parameters, and codes of our layers."""
+    codes = {id(layer.codes): layer.codes.numel() for layer in quantized_layers(model).values()}
+    return codes | {id(parameter): count(parameter) for parameter in model.parameters()}
 
 
 def saved(model: nn.Module, quantization: str) -> int:

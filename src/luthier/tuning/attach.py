@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier import checks
 from luthier.errors import LuthierError, MethodError, did_you_mean
-from luthier.models.quantized import count
+from luthier.models.quantized import held
 from luthier.models.structure import blocks, linears, match_targets
 from luthier.terminal import no_peft_warnings
 from luthier.tuning.probe import distance, probe_logits
@@ -99,9 +99,8 @@ def is_prompt(config: PeftConfig) -> bool:
 
 
 def trainable(model: nn.Module) -> tuple[int, int]:
-    """Number of parameters that learn, and of all; tied parameters count once."""
-    sizes = [(count(p), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes)
+    """Number of parameters that learn, and of all weights, in codes too; tied ones count once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(held(model).values())
 
 
 def table(model: nn.Module) -> list[tuple[str, int, int]]:
@@ -121,7 +120,7 @@ def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
         MethodError: a pattern matches nothing, or the method cannot be put on this model.
     """
     _check_options(model, config)
-    total = sum(count(p) for p in model.parameters())
+    total = sum(held(model).values())
     if config.task_type is None:
         config.task_type = task_type(model)
     patterns = _check_patterns(model, config)
@@ -237,7 +236,7 @@ def _report_coverage(
         detail = f"in {_blocks_reached(model)} of {len(blocks(model))} blocks"
         checks.record("before", "places adapted", bool(layers), len(layers), "> 0", detail)
         return
-    adapted = {id(p): count(p) for layer in layers for p in layer.get_base_layer().parameters()}
+    adapted = {key: n for layer in layers for key, n in held(layer.get_base_layer()).items()}
     experts = expert_parameters(model)
     # A wrapper of one stacked parameter holds its neighbours too: count what is named, not what is held.
     reached = {name.rsplit(".", 1)[-1] for name in getattr(model, "targeted_parameter_names", [])}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier import checks
+from luthier.compression.linear import QuantizedLinear
 from luthier.errors import MethodError
 from luthier.models.quantized import is_4bit
 from luthier.terminal import track
@@ -104,8 +105,8 @@ def change(layer: BaseTunerLayer, adapter: str, name: str = "the layer") -> Tens
         MethodError: the layer is not linear.
     """
     base = layer.get_base_layer()
-    if is_4bit(base):
-        return _change_in_4_bits(layer, adapter, name)
+    if is_4bit(base) or isinstance(base, QuantizedLinear):
+        return _change_of_codes(layer, adapter, name)
     if not isinstance(base, nn.Linear | Conv1D):
         raise MethodError(
             f"The adapter changes '{name}', a {type(base).__name__}; a LoRA is made of linear layers only.",
@@ -130,14 +131,14 @@ def change(layer: BaseTunerLayer, adapter: str, name: str = "the layer") -> Tens
     return added.T if isinstance(base, Conv1D) else added
 
 
-def _change_in_4_bits(layer: Any, adapter: str, name: str) -> Tensor:
+def _change_of_codes(layer: Any, adapter: str, name: str) -> Tensor:
     """`change` on a weight that cannot be merged into: the change by its own formula."""
     variant = getattr(layer, "lora_variant", {}).get(adapter)
     of_weight = variant is not None and not isinstance(variant, FactorVariant)
     biased = isinstance(layer, DeltaLayer) and layer.deltas[adapter].bias() is not None
     if of_weight or biased:
         raise MethodError(
-            f"The change of '{name}' depends on its weight or adds to its bias, and is no LoRA in 4 bits.",
+            f"The change of '{name}' depends on its weight or adds to its bias: no LoRA on codes.",
             fix="Merge it into the model instead (export: {format: safetensors}).",
         )
     delta: Tensor = layer.get_delta_weight(adapter)

@@ -19,6 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier import checks
+from luthier.compression.linear import quantized_layers
 from luthier.errors import CheckError, MethodError, did_you_mean
 from luthier.models import quantized
 from luthier.terminal import no_peft_warnings
@@ -152,6 +153,10 @@ def _require_combinable(model: PeftModel, weights: dict[str, float], how: str, d
                 fix="Merge it alone.",
             )
     require_mergeable(model)
+    if quantized_layers(model):
+        raise MethodError(
+            "The base is quantised: a sum of changes has no place in its codes.", fix="Merge one adapter."
+        )
 
 
 def _together(changes: list[torch.Tensor], weights: torch.Tensor, how: str, density: float) -> torch.Tensor:
@@ -177,7 +182,14 @@ def _to_float32(model: PeftModel) -> dict[str, torch.dtype]:
     own = {n.replace(".base_layer.", "."): p.dtype for n, p in model.get_base_model().named_parameters()}
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
+    for name, layer in quantized_layers(model.get_base_model()).items():
+        own[_scale(name)], layer.dtype = layer.dtype, torch.float32
     return own
+
+
+def _scale(name: str) -> str:
+    """What stands for the scales of a quantised layer among the names of parameters."""
+    return f"{name.removesuffix('.base_layer')}.scale"
 
 
 def _base_logits(model: PeftModel) -> torch.Tensor:
@@ -205,10 +217,24 @@ def _finish(
         # Rounded, but still computed with in fp32: the probe sees the rounding alone.
         for n, parameter in merged.named_parameters():
             parameter.data = parameter.data.to(final[n]).float()
+        _round_scales(merged, own, dtype, computed=torch.float32)
         _prove(probe_logits(merged), adapted, base, title, dtype or common)
         for n, parameter in merged.named_parameters():
             parameter.data = parameter.data.to(final[n])
+    _round_scales(merged, own, dtype)
     return merged
+
+
+def _round_scales(
+    model: nn.Module,
+    own: dict[str, torch.dtype],
+    dtype: torch.dtype | None,
+    computed: torch.dtype | None = None,
+) -> None:
+    """Put the scales of quantised layers into their model's precision; weights are made in `computed`."""
+    for name, layer in quantized_layers(model).items():
+        final = dtype or own[_scale(name)]
+        layer.scale, layer.dtype = layer.scale.to(final), computed or final
 
 
 def require_mergeable(model: PeftModel) -> None:

@@ -10,7 +10,9 @@ from luthier.taxonomy import find as method
 from luthier.taxonomy import methods
 
 if TYPE_CHECKING:
+    from luthier.acceleration.accelerate import accelerate
     from luthier.alignment.trainer import trainer
+    from luthier.compression.compress import compress
     from luthier.evaluation.evaluate import evaluate
     from luthier.models.loading import load
     from luthier.models.saving import save
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "accelerate": "luthier.acceleration.accelerate",
     "load": "luthier.models.loading",
     "save": "luthier.models.saving",
+    "compress": "luthier.compression.compress",
     "attach": "luthier.tuning.attach",
     "trainer": "luthier.alignment.trainer",
     "evaluate": "luthier.evaluation.evaluate",
@@ -34,8 +38,10 @@ _LAZY = {
 
 __all__ = [
     "__version__",
+    "accelerate",
     "attach",
     "compare",
+    "compress",
     "evaluate",
     "load",
     "method",

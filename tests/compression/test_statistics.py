@@ -1,0 +1,63 @@
+"""Statistics of inputs do not depend on how the inputs were cut, and are those of their definitions."""
+
+import pytest
+import small_compression as small
+import torch
+
+from luthier.compression.statistics import Hessian, Moments, Samples
+
+X = small.correlated(200, 16)[0]
+CUTS = {"whole": [200], "one by one": [1] * 200, "uneven": [3, 0, 90, 100, 7]}
+
+
+def fed(statistic, cut, x=X):
+    for part in x.split(CUTS[cut]):
+        statistic.add(part)
+    return statistic
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_hessian(cut):
+    found = fed(Hessian(16), cut)
+    assert torch.allclose(found.value.double(), 2 / 200 * X.double().T @ X.double(), rtol=1e-4, atol=1e-4)
+    assert found.tokens == 200
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_moments(cut):
+    found = fed(Moments(16), cut)
+    assert torch.allclose(found.norm, X.norm(dim=0))
+    assert torch.allclose(found.mean, X.abs().mean(0))
+    assert torch.equal(found.peak, X.abs().amax(0))
+    assert torch.equal(found.low, X.amin(0))
+    assert torch.equal(found.high, X.amax(0))
+
+
+def test_order_of_the_tokens_does_not_matter():
+    mixed = X[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
+    assert torch.allclose(fed(Hessian(16), "whole").value, fed(Hessian(16), "uneven", mixed).value, rtol=1e-4)
+    assert torch.allclose(fed(Moments(16), "whole").norm, fed(Moments(16), "uneven", mixed).norm)
+
+
+def test_half_precision_inputs_are_summed_in_full_precision():
+    """In float16 the sum of 1000 squares of 30 would overflow."""
+    x = torch.full((1000, 2), 30.0, dtype=torch.float16)
+    hessian, moments = Hessian(2), Moments(2)
+    hessian.add(x)
+    moments.add(x)
+    assert hessian.value[0, 1].item() == pytest.approx(1800)
+    assert moments.norm[0].item() == pytest.approx(30 * 1000**0.5)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("count", [1, 7, 101, 199, 200, 500])
+def test_samples_are_spread_over_all_tokens(cut, count):
+    x = torch.arange(200.0)[:, None]
+    found = fed(Samples(count, 200), cut, x).value.flatten()
+    expected = [i * 200 // min(count, 200) for i in range(min(count, 200))]
+    assert found.tolist() == expected
+
+
+def test_of_no_tokens_there_is_nothing():
+    assert not Hessian(4).value.any()
+    assert not Moments(4).norm.any()

@@ -225,7 +225,7 @@ class _Store:
         if not said.is_file():
             return None
         known = json.loads(said.read_text())
-        state = load_file(weights)
+        state = load_file(weights, device=str(block.device))
         for name, layer in known["layers"].items():
             plain = block.module.get_submodule(name)
             block.replace(f"{block.name}.{name}", _shell(plain, name, layer, state))

@@ -44,6 +44,8 @@ _SIZES = {
 # Byte-level pre-tokenisers by the name in the header: whether each digit stands alone. transformers gives all
 # of them GPT-2's; a tokenizer that splits otherwise than in training is wrong in silence.
 _SINGLE_DIGITS = {"smollm": True, "gpt-2": False, "default": False}
+# Those under which llama.cpp takes a word that is a token whole, whatever the merges would make of it.
+WHOLE_WORDS = ("llama-bpe", "tekken")
 
 
 def header(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -243,6 +245,8 @@ def set_pre_tokenizer(tokenizer: Any, found: dict[str, Any], path: Path) -> None
     from tokenizers import pre_tokenizers
 
     core = tokenizer.backend_tokenizer
+    if found.get("tokenizer.ggml.pre") in WHOLE_WORDS:
+        core.model.ignore_merges = True
     if found.get("tokenizer.ggml.model") != "gpt2" or not isinstance(
         core.pre_tokenizer, pre_tokenizers.ByteLevel
     ):

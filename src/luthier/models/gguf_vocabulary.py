@@ -13,14 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier import checks
 from luthier.errors import ModelError
-from luthier.models import tokens
+from luthier.models import gguf, tokens
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens in the file
 SPECIAL = ("bos", "eos", "unk", "pad", "sep", "mask")
 # Names whose patterns transformers has too; the first of several for one pattern is llama.cpp's usual one.
 _BY_PATTERN = ("llama-bpe", "qwen2", "tekken", "gpt-4o", "qwen35")
-# Those under which llama.cpp takes a word that is a token whole, whatever the merges would make of it.
-_WHOLE_WORDS = ("llama-bpe", "tekken")
 
 
 def write(writer: Any, tokenizer: PreTrainedTokenizerBase, rows: int) -> str:
@@ -80,7 +78,7 @@ def splitting(core: dict[str, Any]) -> str:
     steps = [_step(s) for s in (step["pretokenizers"] if step.get("type") == "Sequence" else [step])]
     whole_words = bool(core["model"].get("ignore_merges"))
     for name, expected in _known().items():
-        if steps == expected and whole_words <= (name in _WHOLE_WORDS):
+        if steps == expected and whole_words <= (name in gguf.WHOLE_WORDS):
             return name
     raise ModelError(
         f"The tokenizer splits text in a way that GGUF has no name for: {json.dumps(step)[:300]}.",

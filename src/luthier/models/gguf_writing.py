@@ -39,6 +39,14 @@ log = logging.getLogger("luthier.models.gguf")
 # transformers' model type: the architecture in the file. llama.cpp runs Mistral as "llama".
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 SCALINGS = ("default", "linear", "llama3")
+# Spaces before digits, long numbers, contractions, marks and line ends.
+SPLIT = [
+    "x   12, 4711 and 3.14159",
+    "I'LL don't WE'VE",
+    "a\r\n\r\n  b\t\t1\n\n\n",
+    "(([[ == !== ]])) été ½²",
+    "<|im_end|> x",
+]
 QWEN3_HEAD = 128  # transformers takes this for every Qwen3 in a GGUF file
 
 
@@ -240,7 +248,8 @@ def _add_metadata(writer: Any, model: PreTrainedModel, entries: list[_Entry], ki
     config: Any = model.config
     total = sum(math.prod(entry.shape) for entry in entries)
     writer.add_type(package.GGUFType.MODEL)
-    writer.add_name(Path(model.name_or_path or type(model).__name__).name)
+    known = getattr(model, "luthier_origin", {}).get("name") or model.name_or_path or type(model).__name__
+    writer.add_name(Path(known).name)
     writer.add_size_label(package.size_label(total, 0, 0, 0))
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(_context(config))
@@ -346,11 +355,10 @@ def _prove_header(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     Text is split as llama.cpp and `luthier.load` do it. transformers does not know all of these ways, and
     then reads the header otherwise; the line that says so is no failure: the own files lie beside.
     """
-    expected = saving.probe_tokens(tokenizer)
     read = gguf.header_tokenizer(file)
-    plain = saving.probe_tokens(read)
+    expected, plain = _token_ids(tokenizer), _token_ids(read)
     gguf.set_pre_tokenizer(read, gguf.header(file)[0], file)
-    found = saving.probe_tokens(read)
+    found = _token_ids(read)
     name = "token ids by the header alone"
     same = sum(a == b for a, b in zip(found, expected, strict=True))
     checks.record("export", name, found == expected, same, len(expected), "texts and chat")
@@ -358,3 +366,8 @@ def _prove_header(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         same = sum(a == b for a, b in zip(plain, expected, strict=True))
         detail = "it splits digits otherwise; with the files beside, and in llama.cpp, all are the same"
         checks.record("export", f"{name}, in transformers", True, f"{same} of {len(expected)}", detail=detail)
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Those of an export's proof, and of texts in which ways to split differ."""
+    return saving.probe_tokens(tokenizer) + [tokenizer(text).input_ids for text in SPLIT]

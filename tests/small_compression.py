@@ -1,4 +1,4 @@
-"""What tests of compression share: one layer under a method, correlated inputs, small models of many families."""
+"""What tests of compression share: one layer under a method, correlated inputs, small models of many kinds."""
 
 from collections.abc import Callable
 from typing import Any
@@ -117,7 +117,9 @@ def hessian_of(x: Tensor) -> Tensor:
 
 def alone(weight: Tensor, *inputs: Tensor, mask: Tensor | None = None, transposed: bool = False) -> Block:
     """A block of one linear layer "0.layer" with this weight and these inputs, each (batch, seq, in)."""
-    layer: Any = Conv1D(*weight.shape) if transposed else nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer: Any = (
+        Conv1D(*weight.shape) if transposed else nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    )
     layer.weight = nn.Parameter((weight.T if transposed else weight).clone().contiguous())
     model = nn.Sequential(nn.Sequential())
     model[0].add_module("layer", layer)

@@ -92,7 +92,7 @@ def test_what_a_block_is_left_with_is_the_model_s_own(family):
     model, batches = small.MODELS[family](), small.batches()
     block = first_block(model, batches)
     block.leave()
-    name, stack = structure.stacks(model)[0]
+    stack = structure.stacks(model)[0][1]
     seen = []
     stack[1].register_forward_pre_hook(
         lambda _, inputs, options: seen.append(inputs[0] if inputs else options["hidden_states"]),

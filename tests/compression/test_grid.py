@@ -1,4 +1,4 @@
-"""Grids: what each scheme covers, that its own points stay, and that codes are found with the stored scale."""
+"""Grids: what each scheme covers, that its points stay, and that codes are found with the stored scale."""
 
 import pytest
 import small_compression as small
@@ -8,7 +8,10 @@ from luthier.compression.grid import Scheme, activation_step, fit, require_divid
 from luthier.errors import MethodError
 
 SCHEMES = [
-    Scheme(bits=b, group_size=g, symmetric=s) for b in (2, 3, 4, 8) for g in (16, None, 0) for s in (True, False)
+    Scheme(bits=b, group_size=g, symmetric=s)
+    for b in (2, 3, 4, 8)
+    for g in (16, None, 0)
+    for s in (True, False)
 ]
 
 
@@ -108,6 +111,8 @@ def test_inputs_are_rounded_by_their_own_step(per):
 
 
 def test_a_static_step_clips_what_lies_beyond():
-    found = round_activations(torch.tensor([0.0, 0.24, 0.26, 1000.0, -1000.0]), 8, "static", torch.tensor(0.5))
+    found = round_activations(
+        torch.tensor([0.0, 0.24, 0.26, 1000.0, -1000.0]), 8, "static", torch.tensor(0.5)
+    )
     assert found.tolist() == [0, 0, 0.5, 63.5, -64]
     assert round_activations(torch.zeros(3, 4), 8, "token").abs().max() == 0

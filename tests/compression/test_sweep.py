@@ -1,4 +1,4 @@
-"""The sweep against the textbook: the same with H inverted anew at each step, and the identity of its errors."""
+"""The sweep against the textbook: the same with H inverted at each step, and the identity of its errors."""
 
 import logging
 
@@ -64,7 +64,7 @@ def test_the_index_that_settle_is_given_is_that_of_the_weight():
 
 @pytest.mark.parametrize("block", [1, 16, 64])
 def test_the_errors_add_up_to_the_change_of_the_output(block):
-    """W - W' = E U, hence sum e^2 = tr(D H D^T), with the damped H and its columns in the order of the sweep."""
+    """W - W' = E U, hence sum e^2 = tr(D H D^T), H damped and in the order of the sweep."""
     order = H.diagonal().argsort(descending=True)
     found = sweep(W, H, settle=rounded, order=order, block=block)
     upper, _ = inverse_factor(H[order][:, order], 0.01)

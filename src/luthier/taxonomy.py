@@ -51,6 +51,7 @@ class Method:
         origin: 'luthier', or the entry point or file that brought it.
         searches: its `Config` has a function `search`: it trains no weights but finds something for a model
             that stays as it is (`luthier.tuning.search`).
+        needs_data: a compression method looks at calibration data; its `Config` says where it does not.
         also: another branch whose work it does: PEQA quantises, and is a way to tune what is quantised.
     """
 
@@ -65,6 +66,7 @@ class Method:
     fault: str = ""
     origin: str = "luthier"
     searches: bool = False
+    needs_data: bool = True
     also: str = ""
     family: str = field(default="", repr=False)
 
@@ -132,7 +134,7 @@ def methods(path: str = "") -> list[Method]:
 
 
 def serving(branch: str) -> list[Method]:
-    """The methods that do the work of a branch, in tree order: its own, and those of others that do it too."""
+    """The methods that do the work of a branch, in tree order: its own, and others that do it too."""
     return [method for method in methods() if method.serves(branch)]
 
 
@@ -248,14 +250,29 @@ def _read(source: Path, module: str, origin: str, path: str) -> Method:
         doc=doc,
         origin=origin,
         searches=_searches(tree),
+        needs_data=_needs_data(tree),
         **_marked(doc),
     )
 
 
 def _searches(tree: ast.Module) -> bool:
     """Whether the class `Config` of a method file defines `search`."""
-    configs = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config"]
-    return any(isinstance(n, ast.FunctionDef) and n.name == "search" for c in configs for n in c.body)
+    return any(isinstance(node, ast.FunctionDef) and node.name == "search" for node in _config_body(tree))
+
+
+def _needs_data(tree: ast.Module) -> bool:
+    """False where the class `Config` of a method file says `needs_data: ClassVar[bool] = False`."""
+    stated = [ast.unparse(node) for node in _config_body(tree) if isinstance(node, ast.AnnAssign)]
+    return not any(text.startswith("needs_data:") and text.endswith("= False") for text in stated)
+
+
+def _config_body(tree: ast.Module) -> list[ast.stmt]:
+    return [
+        statement
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == "Config"
+        for statement in node.body
+    ]
 
 
 def _marked(doc: str) -> dict[str, str]:

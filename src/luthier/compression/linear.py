@@ -61,7 +61,7 @@ class QuantizedLinear(nn.Linear):
         return Grid(self.scheme, self.scale, zero)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """The weight (out, in) that the codes stand for, in the model's dtype; made when asked for."""
         return self.grid.dequantize(self.codes).to(self.dtype)
 

@@ -60,12 +60,12 @@ def save(model: nn.Module, folder: Path) -> None:
     for name, layer in odd.items():
         if layer.scheme.activation_bits is not None:
             raise ModelError(
-                f"{name} ({type(layer).__name__}, {layer.scheme}) cannot be stored: neither compressed-tensors "
-                "nor plain weights hold what it does to its inputs.",
+                f"{name} ({type(layer).__name__}, {layer.scheme}) cannot be stored: neither "
+                "compressed-tensors nor plain weights hold what it does to its inputs.",
                 fix="Evaluate it in the same run, or choose symmetric weights with inputs rounded a token.",
             )
     if odd:
-        log.warning("%d quantised layers are stored as plain weights, such as %s", len(odd), next(iter(odd)))
+        log.warning("%d quantised layers are stored as plain weights (%s ...)", len(odd), next(iter(odd)))
     model.save_pretrained(str(folder), state_dict=_state(model, layers))
     if len(odd) < len(layers):
         file = folder / "config.json"

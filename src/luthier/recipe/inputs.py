@@ -10,7 +10,15 @@ from luthier.errors import DataError, ModelError
 from luthier.evaluation.names import PROMPT_FILE
 from luthier.models import sources
 from luthier.recipe.manifest import hash_files, hash_json, versions
-from luthier.recipe.schema import EvaluateStage, ModelSpec, Recipe, Stage, TuneStage
+from luthier.recipe.schema import (
+    CompressStage,
+    EvaluateStage,
+    MethodSpec,
+    ModelSpec,
+    Recipe,
+    Stage,
+    TuneStage,
+)
 
 # Files of a model folder that decide what it computes and how text becomes tokens.
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt")
@@ -78,9 +86,8 @@ def stage_identity(recipe: Recipe, stage: Stage, trail: Trail) -> dict[str, Any]
             output = trail.outputs.get(name)
             sha256 = _model_hash(name, None) if output is None else output.sha256
             inputs[f"artefact {name}"] = {"sha256": sha256}
-    for name in ("method", "objective"):
-        spec = getattr(stage, name, None)
-        if spec is not None and spec.method.origin != "luthier":
+    for name, spec in _methods(stage):
+        if spec.method.origin != "luthier":
             inputs[name] = {"sha256": hash_files([spec.method.source], spec.method.source.parent)}
     return {
         "stage": stage.kind,
@@ -92,9 +99,18 @@ def stage_identity(recipe: Recipe, stage: Stage, trail: Trail) -> dict[str, Any]
 
 
 def _is_random(recipe: Recipe, stage: Stage, upstream: Upstream | None) -> bool:
-    """Whether the recipe's seed matters: for training, and for a classification head that is new."""
+    """Whether the recipe's seed matters: for training, calibration, and a classification head that is new."""
     new_head = recipe.model.task == "classification" and upstream is None
-    return isinstance(stage, TuneStage) or new_head
+    return isinstance(stage, TuneStage | CompressStage) or new_head
+
+
+def _methods(stage: Stage) -> list[tuple[str, MethodSpec]]:
+    """The methods that a stage names, each under the key where it stands."""
+    if isinstance(stage, TuneStage):
+        return [("method", stage.method), ("objective", stage.objective)]
+    if isinstance(stage, CompressStage):
+        return [(f"method {spec.name}", spec) for spec in stage.method]
+    return []
 
 
 def model_input(spec: ModelSpec) -> dict[str, Any]:

@@ -13,10 +13,12 @@ from pathlib import Path
 
 from luthier import checks
 from luthier.data.load import Loaded, load, prompt_key
-from luthier.recipe.schema import EvaluateStage, TuneStage
+from luthier.recipe.schema import CompressStage, EvaluateStage, TuneStage
 
 
-def stage_data(stage: TuneStage | EvaluateStage, folder: Path | None = None) -> tuple[Loaded, Loaded | None]:
+def stage_data(
+    stage: TuneStage | CompressStage | EvaluateStage, folder: Path | None = None
+) -> tuple[Loaded, Loaded | None]:
     """The rows that a stage reads, and its held-out data if it has some.
 
     Args:
@@ -30,6 +32,7 @@ def stage_data(stage: TuneStage | EvaluateStage, folder: Path | None = None) -> 
         return Path(os.devnull) if folder is None else folder / name
 
     spec = getattr(stage, "eval_data", None)
+    assert stage.data is not None
     held_out = None if spec is None else load(spec, rejected_file=aside("eval-rejected.jsonl"))
     return load(stage.data, eval_path=held_out, rejected_file=aside("rejected.jsonl")), held_out
 

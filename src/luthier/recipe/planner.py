@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from luthier.checks import Check
+from luthier.compression.calibration_data import TOKENS
+from luthier.compression.linear import dimensions
 from luthier.errors import LuthierError, ModelError
 from luthier.evaluation.generation import MAX_NEW_TOKENS
 from luthier.evaluation.likelihood import BLOCK
@@ -25,10 +27,17 @@ from luthier.evaluation.perplexity import WINDOW
 from luthier.models import quantized, sources, structure
 from luthier.models.placement import Placement, place
 from luthier.recipe import footprint, leakage, machine
-from luthier.recipe.arguments import training_arguments
+from luthier.recipe.cheaper import argument, changes
 from luthier.recipe.context import count_labels
 from luthier.recipe.leakage import stage_data
-from luthier.recipe.schema import EvaluateStage, ExportStage, Recipe, Stage, TuneStage, is_adapter
+from luthier.recipe.schema import (
+    CompressStage,
+    EvaluateStage,
+    ExportStage,
+    Recipe,
+    TuneStage,
+    is_adapter,
+)
 from luthier.recipe.survey import Amount, amount
 from luthier.resources import resident_memory, show_bytes
 from luthier.tuning.attach import trainable as trained
@@ -268,6 +277,8 @@ def _stage(base: _Base, index: int) -> StagePlan:
     if isinstance(stage, TuneStage):
         before = [s for s in base.recipe.stages[:index] if isinstance(s, TuneStage)]
         return _search(base, stage) if stage.searches else _tune(base, stage, before)
+    if isinstance(stage, CompressStage):
+        return _compress(base, stage)
     tuned = next((s for s in reversed(base.recipe.stages[:index]) if isinstance(s, TuneStage)), None)
     if isinstance(stage, EvaluateStage):
         return _evaluate(base, stage, tuned)
@@ -287,10 +298,6 @@ def _with_proofs(base: _Base, plans: list[StagePlan]) -> list[StagePlan]:
             plan = replace(plan, proofs=tuple(proofs))
         found.append(plan)
     return found
-
-
-def _argument(stage: TuneStage, name: str) -> Any:
-    return stage.training.get(name, training_arguments()[name].default)
 
 
 def _method(base: _Base, stage: TuneStage, before: Sequence[TuneStage]) -> Any:
@@ -315,12 +322,12 @@ def _tune(base: _Base, stage: TuneStage, before: Sequence[TuneStage] = ()) -> St
         weights -= quantized.saved(structure.base(model), method.quantization)
     batch = _Batch.of(stage, base.amount(stage))
     checkpointing = bool(
-        _argument(stage, "gradient_checkpointing") or _argument(stage, "activation_checkpointing")
+        argument(stage, "gradient_checkpointing") or argument(stage, "activation_checkpointing")
     )
     step = footprint.simulate(
         model, batch.rows, batch.length, placement, labelled=batch.labelled, checkpointing=checkpointing
     )
-    optim = str(_argument(stage, "optim"))
+    optim = str(argument(stage, "optim"))
     state = int(trainable * _STATE.get(optim, _ADAM))
     memory = Memory(
         weights=weights,
@@ -333,7 +340,7 @@ def _tune(base: _Base, stage: TuneStage, before: Sequence[TuneStage] = ()) -> St
         runtime=machine.RUNTIME,
     )
     artefact = added or weights
-    accumulation = _argument(stage, "gradient_accumulation_steps")
+    accumulation = argument(stage, "gradient_accumulation_steps")
     forward_backward = machine.step_seconds(step.operations, step.written, placement)
     update = 2 * (step.gradients * 2 + state) / machine.bandwidth(placement.device)
     return StagePlan(
@@ -376,10 +383,10 @@ def _search(base: _Base, stage: TuneStage) -> StagePlan:
 
 def _checkpoints(stage: TuneStage, artefact: int, state: int) -> int:
     """Bytes of checkpoints at their most: those kept, and the one that is being written."""
-    if str(_argument(stage, "save_strategy")) == "no":
+    if str(argument(stage, "save_strategy")) == "no":
         return 0
     kept = stage.training.get("save_total_limit", 2)
-    each = artefact + (0 if _argument(stage, "save_only_model") else state)
+    each = artefact + (0 if argument(stage, "save_only_model") else state)
     return (1 + (kept or 10)) * each
 
 
@@ -406,7 +413,7 @@ class _Batch:
         options = {o.name: o.default for o in stage.objective.method.options()} | stage.objective.options
         limit = options.get("max_length") or max(data.lengths)
         lengths = [min(n, limit) for n in data.lengths]
-        rows = int(_argument(stage, "per_device_train_batch_size"))
+        rows = int(argument(stage, "per_device_train_batch_size"))
         examples, fill = len(lengths), 1.0
         if options.get("packing") == "rows":
             length = min(limit, sum(lengths))
@@ -419,12 +426,38 @@ class _Batch:
         else:  # padded to the longest
             length = sorted(lengths)[min(examples - 1, round(examples * (1 - 0.5 / rows)))]
         rows = min(rows, examples)
-        epoch = max(1, -(-examples // (rows * _argument(stage, "gradient_accumulation_steps"))))
-        steps = _argument(stage, "max_steps")
+        epoch = max(1, -(-examples // (rows * argument(stage, "gradient_accumulation_steps"))))
+        steps = argument(stage, "max_steps")
         if steps <= 0:
-            steps = round(epoch * _argument(stage, "num_train_epochs"))
+            steps = round(epoch * argument(stage, "num_train_epochs"))
         share = data.trained_share if options.get("train_on", "all") != "all" else 1.0
         return cls(rows, max(1, length), max(1, int(rows * length * share)), fill, steps)
+
+
+def _compress(base: _Base, stage: CompressStage) -> StagePlan:
+    """One set of hidden states, and the curvature of the widest layer with its factors."""
+    placement = base.placement(train=False)
+    model = base.model(placement)
+    weights, _, _ = footprint.sizes(model)
+    parameters = sum(p.numel() for p in model.parameters())
+    given = stage.calibration
+    tokens = given.samples * given.max_length if given is not None else 0
+    widest = max(dimensions(layer)[1] for layer in structure.linears(model).values())
+    states = 2 * tokens * model.config.hidden_size * placement.dtype.itemsize
+    batch = min(tokens, TOKENS) * _width(model.config) * placement.dtype.itemsize
+    memory = Memory(
+        weights=weights,
+        activations=states + batch,
+        logits=16 * widest**2,
+        runtime=2 * machine.RUNTIME + weights,
+    )
+    # Two runs of each block; the sweep of a column touches all rows once.
+    speed = machine.product_speed(placement.dtype, placement.device)
+    seconds = 4 * parameters * tokens / speed + 4 * parameters * widest / speed + 30
+    return StagePlan(
+        stage.name, stage.kind, memory, total=parameters, seconds=seconds,
+        disk_bytes=2 * weights, artefact_bytes=weights, detail=stage.summary(),
+    )  # fmt: skip
 
 
 def _evaluate(base: _Base, stage: EvaluateStage, tuned: TuneStage | None) -> StagePlan:
@@ -515,7 +548,7 @@ def _cheapest_change(base: _Base, found: Plan) -> str:
     """The first of the changes, cheapest for the result first, with which the largest stage fits."""
     index = found.stages.index(found.peak)
     stage = base.recipe.stages[index]
-    for text, changed in _changes(stage):
+    for text, changed in changes(stage):
         recipe = base.recipe.model_copy(
             update={"stages": [*base.recipe.stages[:index], changed, *base.recipe.stages[index + 1 :]]}
         )
@@ -526,44 +559,3 @@ def _cheapest_change(base: _Base, found: Plan) -> str:
         if needed <= found.available_bytes:
             return f"It would fit ({show_bytes(needed)}) with {text}."
     return "No change of batch, checkpointing, optimizer or method would make it fit: choose a smaller model."
-
-
-def _changes(stage: Stage) -> Iterator[tuple[str, Stage]]:
-    """Changes of a stage that save memory, each with what to write."""
-    if isinstance(stage, EvaluateStage):
-        for size in (4, 1):
-            if size < stage.batch_size:
-                yield f"batch_size: {size}", stage.model_copy(update={"batch_size": size})
-    if not isinstance(stage, TuneStage):
-        return
-
-    def trained(**settings: Any) -> TuneStage:
-        return stage.model_copy(update={"training": stage.training | settings})
-
-    rows, accumulation = (
-        _argument(stage, "per_device_train_batch_size"),
-        _argument(stage, "gradient_accumulation_steps"),
-    )
-    smaller: dict[str, Any] = {}
-    while rows > 1:
-        rows, accumulation = rows // 2, accumulation * 2
-        smaller = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
-        # The same optimizer steps, in smaller pieces.
-        yield _written(smaller), trained(**smaller)
-    lean = smaller | {"gradient_checkpointing": True}
-    yield _written(lean), trained(**lean)
-    lean |= {"optim": "adafactor"}
-    yield _written(lean), trained(**lean)
-    if not is_adapter(stage.method):
-        lora = type(stage.method).model_validate("lora")
-        yield "method: lora", stage.model_copy(update={"method": lora})
-        yield f"method: lora and {_written(lean)}", trained(**lean).model_copy(update={"method": lora})
-
-
-def _written(settings: dict[str, Any]) -> str:
-    words = {True: "true", False: "false"}
-    return (
-        "training: {"
-        + ", ".join(f"{k}: {words.get(v, v) if isinstance(v, bool) else v}" for k, v in settings.items())
-        + "}"
-    )

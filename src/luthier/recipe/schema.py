@@ -188,6 +188,12 @@ class TuningSpec(MethodSpec):
     branch = "tuning"
 
 
+class CompressionSpec(MethodSpec):
+    """How the model gets smaller."""
+
+    branch = "compression"
+
+
 class ObjectiveSpec(MethodSpec):
     """What the model learns from."""
 
@@ -285,6 +291,39 @@ class TuneStage(Stage):
     def summary(self) -> str:
         by = "" if self.searches else f" by {self.objective}"
         return f"{self.method}{by} on {self.data.path}"
+
+
+class Calibration(Strict):
+    """What a compression method sees of the data that the model will work on."""
+
+    data: DataSpec
+    """Texts or rows like those that the model will see: a file, folder or Hub id, or how to read it."""
+    samples: int = Field(64, ge=1)
+    """Windows (of a classifier: rows) that are taken, spread over the data with the recipe's seed."""
+    max_length: int = Field(512, ge=8)
+    """Tokens of a window."""
+
+
+class CompressStage(Stage):
+    """Make the model smaller: round its weights, or remove some; several methods go in one pass."""
+
+    kind = "compress"
+    method: list[CompressionSpec] = Field(min_length=1)
+    """A compression method, or a list of them, such as [smoothquant, gptq]."""
+    calibration: Calibration | None = None
+    """Data that the methods look at; methods that look at weights alone need none."""
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _one_or_several(cls, method: Any) -> Any:
+        return method if isinstance(method, list) else [method]
+
+    @property
+    def data(self) -> DataSpec | None:
+        return None if self.calibration is None else self.calibration.data
+
+    def summary(self) -> str:
+        return " then ".join(map(str, self.method))
 
 
 class EvaluateStage(Stage):
@@ -406,6 +445,7 @@ class StageItem(Strict):
 
     model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
     tune: TuneStage | None = None
+    compress: CompressStage | None = None
     evaluate: EvaluateStage | None = None
     export: ExportStage | None = None
 
@@ -449,7 +489,9 @@ class Recipe(Strict):
     """Seed of everything random in the run."""
     output: str = Field("runs", min_length=1)
     """Folder in which the run's folder is made."""
-    stages: Annotated[list[TuneStage | EvaluateStage | ExportStage], _StageList()] = Field(min_length=1)
+    stages: Annotated[list[TuneStage | CompressStage | EvaluateStage | ExportStage], _StageList()] = Field(
+        min_length=1
+    )
     """What is done, in this order."""
     _file: Path | None = PrivateAttr(None)
 

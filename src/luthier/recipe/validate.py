@@ -17,6 +17,7 @@ from luthier.models import sources
 from luthier.recipe.schema import (
     KINDS,
     TASK_OF_OBJECTIVE,
+    CompressStage,
     EvaluateStage,
     ExportStage,
     ModelSpec,
@@ -64,6 +65,8 @@ def problems(draft: Draft) -> list[Problem]:
     for place, stage in draft:
         if isinstance(stage, TuneStage):
             found += _tune(draft, place, stage)
+        elif isinstance(stage, CompressStage):
+            found += _compress(draft, place, stage)
         elif isinstance(stage, EvaluateStage):
             found += _evaluate(draft, place, stage)
         elif isinstance(stage, ExportStage):
@@ -224,6 +227,24 @@ def _method(place: tuple[str | int, ...], stage: TuneStage) -> Iterator[Problem]
                 at = (*place, "training", key) if key in training else (*place, "method", "fused_backward")
                 fix = f"Write training: {{{key}: {value}}}, or leave fused_backward out."
                 yield at, f"fused_backward frees each gradient at once and needs {key}: {value}", fix
+
+
+def _compress(draft: Draft, place: tuple[str | int, ...], stage: CompressStage) -> Iterator[Problem]:
+    """A pass over the blocks changes weights: an adapter on them must be merged, and data be there."""
+    if stage.calibration is not None:
+        yield from _data(draft, (*place, "calibration", "data"), stage.calibration.data)
+    else:
+        for spec in stage.method:
+            if spec.method.needs_data:
+                fix = "Add calibration: {data: some-text.txt} to the stage."
+                yield place, f"{spec.name} needs calibration data", fix
+    before = draft.stages[: int(place[1])]
+    changed = next((s for s in reversed(before) if isinstance(s, TuneStage | ExportStage)), None)
+    if isinstance(changed, TuneStage) and is_adapter(changed.method) and not changed.searches:
+        fix = "Put `- export: {merge: true}` between the two."
+        yield place, f"the model carries the adapter of stage '{changed.name}'", fix
+    if draft.task == "seq2seq":
+        yield place, "an encoder-decoder cannot be compressed block by block", "Use another model."
 
 
 def _evaluate(draft: Draft, place: tuple[str | int, ...], stage: EvaluateStage) -> Iterator[Problem]:

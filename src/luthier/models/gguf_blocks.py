@@ -111,7 +111,7 @@ def pack(found: NDArray[np.int16], scale: NDArray[np.float32], kind: str) -> NDA
     d = scale.astype(np.float16).reshape(-1, 1).view(np.uint8)
     blocks = found.reshape(-1, BLOCK)
     if kind == "Q8_0":
-        parts = [d, blocks.astype(np.int8).view(np.uint8)]
+        parts: list[NDArray[Any]] = [d, blocks.astype(np.int8).view(np.uint8)]
     else:
         codes = (blocks - LEVELS[kind][0]).astype(np.uint8)
         # The low four bits: the first half of the block below, the second half above.

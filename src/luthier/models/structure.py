@@ -172,9 +172,7 @@ def match_targets(model: nn.Module, patterns: Iterable[str]) -> dict[str, list[s
         MethodError: a pattern matches nothing, or only modules that are not layers themselves.
     """
     modules = dict(model.named_modules())
-    layers = sorted(
-        {n.rpartition(".")[2] for n, m in modules.items() if any(True for _ in m.parameters(False))}
-    )
+    layers = sorted({n.rpartition(".")[2] for n, m in modules.items() if not _holds_layers(m)})
     found = {}
     for pattern in patterns:
         names = [n for n in modules if n == pattern or n.endswith(f".{pattern}")]
@@ -194,8 +192,10 @@ def match_targets(model: nn.Module, patterns: Iterable[str]) -> dict[str, list[s
 
 
 def _holds_layers(module: nn.Module) -> bool:
-    """Whether parameters lie in the module's children only; a tuner's wrapper counts as a layer."""
-    return not isinstance(module, BaseTunerLayer) and not any(True for _ in module.parameters(recurse=False))
+    """Whether parameters lie in the module's children only; a tuner's wrapper and a quantised linear layer,
+    whose weights are no parameters, count as layers."""
+    layer = isinstance(module, BaseTunerLayer | nn.Linear)
+    return not layer and not any(True for _ in module.parameters(recurse=False))
 
 
 def _embeds(path: str, module: nn.Module) -> bool:

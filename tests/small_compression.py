@@ -1,4 +1,4 @@
-"""What tests of compression share: one layer under a method, correlated inputs, small models of many kinds."""
+"""What tests of compression share: a layer under a method, correlated inputs, small models of many kinds."""
 
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +42,7 @@ SMALL: dict[str, Any] = {
 GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
 
 
-def _build(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+def build(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return kind(config).eval()
@@ -51,29 +51,29 @@ def _build(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
 def opt(**changes: Any) -> PreTrainedModel:
     options = {k: v for k, v in SMALL.items() if k != "intermediate_size"}
     config = OPTConfig(**options | {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.1} | changes)
-    return _build(OPTForCausalLM, config)
+    return build(OPTForCausalLM, config)
 
 
 def modern_bert() -> PreTrainedModel:
     """An encoder whose blocks are called with masks of two kinds."""
     special = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
-    return _build(ModernBertForMaskedLM, ModernBertConfig(**SMALL | special, local_attention=4))
+    return build(ModernBertForMaskedLM, ModernBertConfig(**SMALL | special, local_attention=4))
 
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: tiny.llama(num_hidden_layers=3),
-    "llama classifier": lambda: _build(LlamaForSequenceClassification, LlamaConfig(**GROUPED, num_labels=3)),
+    "llama classifier": lambda: build(LlamaForSequenceClassification, LlamaConfig(**GROUPED, num_labels=3)),
     "gpt2": lambda: tiny.gpt2(n_layer=3),
     "bert": tiny.bert,
-    "bert masked": lambda: _build(BertForMaskedLM, BertConfig(**SMALL)),
+    "bert masked": lambda: build(BertForMaskedLM, BertConfig(**SMALL)),
     "modernbert": modern_bert,
-    "qwen2": lambda: _build(
+    "qwen2": lambda: build(
         Qwen2ForCausalLM,
         Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=4, max_window_layers=1),
     ),
-    "qwen3": lambda: _build(Qwen3ForCausalLM, Qwen3Config(**GROUPED)),
-    "mistral": lambda: _build(MistralForCausalLM, MistralConfig(**GROUPED, sliding_window=4)),
-    "gemma2": lambda: _build(Gemma2ForCausalLM, Gemma2Config(**GROUPED, sliding_window=4)),
+    "qwen3": lambda: build(Qwen3ForCausalLM, Qwen3Config(**GROUPED)),
+    "mistral": lambda: build(MistralForCausalLM, MistralConfig(**GROUPED, sliding_window=4)),
+    "gemma2": lambda: build(Gemma2ForCausalLM, Gemma2Config(**GROUPED, sliding_window=4)),
     "opt": opt,
     "opt, norms after": lambda: opt(do_layer_norm_before=False, word_embed_proj_dim=16),
 }

@@ -121,6 +121,7 @@ def alone(weight: Tensor, *inputs: Tensor, mask: Tensor | None = None, transpose
         Conv1D(*weight.shape) if transposed else nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     )
     layer.weight = nn.Parameter((weight.T if transposed else weight).clone().contiguous())
+    layer.to(weight.dtype)
     model = nn.Sequential(nn.Sequential())
     model[0].add_module("layer", layer)
     masks = [torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask for x in inputs]

@@ -63,7 +63,7 @@ def test_cut_is_zeroed(make, kinds, widths):
 def test_norms_of_single_heads_stay_whole():
     config = Qwen3Config(
         vocab_size=tiny.VOCAB, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=64, initializer_range=0.1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, initializer_range=0.1,
     )  # fmt: skip
     model = Qwen3ForCausalLM(config).eval()
     kept = every_other(units.find(model, ["mlp", "attention"]))

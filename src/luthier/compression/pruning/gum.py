@@ -108,9 +108,10 @@ class Config:
         require_causal(model)
         found = units.find(model, [units.MLP])
         targets = slicing.targets(model, found, self.ratio, self.widths)
-        trunk: Any = model
-        dtype, learns = trunk.dtype, {p: p.requires_grad for p in model.parameters()}
-        trunk.to(torch.promote_types(dtype, torch.float32)).requires_grad_(True)
+        before = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+        _set_weights(
+            model, {name: (torch.promote_types(d, torch.float32), True) for name, (d, _) in before.items()}
+        )
         teacher = copy.deepcopy(model).eval().requires_grad_(False) if self.distill else None
         neurons = Neurons(self, model, targets)
         try:
@@ -124,14 +125,15 @@ class Config:
                 parameter_groups=self.parameter_groups(model),
                 loss_with=lambda loss, outputs, inputs: neurons.whole_loss(loss, outputs, inputs, teacher),
             )
+        except BaseException:
+            _set_weights(model, before)
+            raise
         finally:
             neurons.remove()
-            for parameter, learnt in learns.items():
-                parameter.requires_grad_(learnt)
         kept = neurons.kept()
         errors = slicing.output_errors(model, kept, batches)
         slicing.cut(model, kept, widths=self.widths)
-        trunk.to(dtype)
+        _set_weights(model, before)
         return slicing.records(kept, errors, time.perf_counter() - start)
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -144,6 +146,15 @@ class Config:
             _group([p for p in own if p.dim() < 2], self.learning_rate, 0.0),
             _group(scores, self.score_rate, 0.0),
         ]
+
+
+def _set_weights(model: nn.Module, states: dict[str, tuple[torch.dtype, bool]]) -> None:
+    """Give parameters, by name, a dtype and whether they learn. Buffers keep theirs: angles of positions, say."""
+    for name, parameter in model.named_parameters():
+        if name in states:
+            dtype, learns = states[name]
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(learns)
 
 
 def _group(parameters: list[nn.Parameter], rate: float, decay: float) -> dict[str, Any]:

@@ -124,6 +124,9 @@ class Config:
                 seed=self.seed,
                 callbacks=[masks],
             )
+        except BaseException:
+            tuned.unload()
+            raise
         finally:
             masks.remove()
         merged = merge(tuned)

@@ -12,7 +12,11 @@ weights of outlying features are those of the codes, for the weights before are 
 """
 
 import importlib.util
+import json
 import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,8 +25,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from luthier.compression.grid import TINY, Grid, Scheme, stored, straight_through
-from luthier.compression.linear import QuantizedLinear
-from luthier.errors import MethodError, ModelError
+from luthier.compression.linear import QuantizedLinear, quantized_layers
+from luthier.errors import ModelError
 
 SCHEME = Scheme(bits=8, group_size=None, activation_bits=8)
 HIGH = 127
@@ -75,33 +79,64 @@ def round_inliers(x: Tensor, threshold: float) -> Tensor:
     return straight_through(x, torch.where(apart, values, rounded).to(x.dtype))
 
 
+def found(model: nn.Module) -> dict[str, OutlierLinear]:
+    """The layers of this kind by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, OutlierLinear)}
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model as bitsandbytes has it, which transformers loads without us. Needs no bitsandbytes.
+
+    Raises:
+        ModelError: layers of another kind, or of another threshold, are among them.
+    """
+    layers, others = found(model), set(quantized_layers(model)) - set(found(model))
+    if others:
+        raise ModelError(
+            f"{min(others)} and {min(layers)} are quantised in ways that no single format holds.",
+            fix="Compress all layers with llm_int8, or none.",
+        )
+    config = _config(model)
+    odd = {f"{name}.{part}" for name in layers for part in ("codes", "scale")}
+    state = {key: value for key, value in model.state_dict().items() if key not in odd}
+    for name, layer in layers.items():
+        state[f"{name}.weight"] = layer.codes
+        state[f"{name}.SCB"] = _largest(layer)
+        state[f"{name}.weight_format"] = torch.tensor(0, dtype=torch.uint8)  # row after row
+    model.save_pretrained(str(folder), state_dict=state)
+    file = folder / "config.json"
+    known = json.loads(file.read_text(encoding="utf-8")) | {"quantization_config": config}
+    file.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+
+
+def restore(model: PreTrainedModel) -> PreTrainedModel:
+    """Make our layers of those that transformers loaded for bitsandbytes in 8 bits, in place."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "Linear8bitLt":
+            model.set_submodule(name, _ours(module, model.dtype))
+    model.hf_quantizer, model.is_quantized, model.is_loaded_in_8bit = None, False, False
+    conversions = getattr(model, "_weight_conversions", None) or []  # undone at saving, but for the layers'
+    model._weight_conversions = [c for c in conversions if not _reads_layers(c)]
+    del model.config.quantization_config
+    return model
+
+
+def _reads_layers(conversion: Any) -> bool:
+    operations = getattr(conversion, "operations", [])
+    return any(type(operation).__name__ == "Bnb8bitDeserialize" for operation in operations)
+
+
 def to_bitsandbytes(model: PreTrainedModel) -> PreTrainedModel:
     """Let bitsandbytes compute the layers of a model, in place: the same codes, scales and threshold.
 
-    `save_pretrained` then writes a checkpoint in 8 bits that transformers loads without us.
-
     Raises:
-        ModelError: bitsandbytes is not installed.
-        MethodError: no layer is of this kind, or they differ in their threshold.
+        ModelError: bitsandbytes is not installed, or the layers differ in their threshold.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, OutlierLinear)}
-    thresholds = sorted({layer.threshold for layer in layers.values()})
-    if len(thresholds) != 1:
-        raise MethodError(
-            f"bitsandbytes holds one threshold a model, and this one has {len(thresholds)}: {thresholds}.",
-            fix="Compress its layers with llm_int8 once, with one threshold.",
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError("bitsandbytes is not installed.", fix="Install it: pip install 'luthier[bnb]'.")
     from transformers import BitsAndBytesConfig
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    for name, layer in layers.items():
-        model.set_submodule(name, _of_bitsandbytes(layer))
-    plain = [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)]
-    config = BitsAndBytesConfig(
-        load_in_8bit=True, llm_int8_threshold=thresholds[0], llm_int8_skip_modules=plain
-    )
+    config = BitsAndBytesConfig(**_config(model))
+    _swap(model, {name: _theirs(layer) for name, layer in found(model).items()})
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     model.is_quantized, model.is_loaded_in_8bit = True, True
@@ -109,7 +144,47 @@ def to_bitsandbytes(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _of_bitsandbytes(layer: OutlierLinear) -> nn.Module:
+@contextmanager
+def as_saved(model: nn.Module) -> Iterator[None]:
+    """Inside, a model computes what its saved folder will: bitsandbytes rounds inputs to float16 first."""
+    layers = found(model)
+    _swap(model, {name: _theirs(layer) for name, layer in layers.items()})
+    try:
+        yield
+    finally:
+        _swap(model, layers)
+
+
+def _swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """What config.json says of the layers."""
+    thresholds = sorted({layer.threshold for layer in found(model).values()})
+    if len(thresholds) != 1:
+        raise ModelError(
+            f"bitsandbytes has one threshold a model, and here are {len(thresholds)}: {thresholds}.",
+            fix="Compress the model with llm_int8 once.",
+        )
+    plain = [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)]
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": True,
+        "llm_int8_threshold": thresholds[0],
+        "llm_int8_skip_modules": plain,
+    }
+
+
+def _largest(layer: OutlierLinear) -> Tensor:
+    """Of each row the weight that the code 127 stands for: how bitsandbytes holds the scale."""
+    return layer.scale.float().flatten() * HIGH
+
+
+def _theirs(layer: OutlierLinear) -> nn.Module:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("bitsandbytes is not installed.", fix="Install it: pip install 'luthier[bnb]'.")
     import bitsandbytes
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of inputs in float32 at each call
@@ -121,10 +196,23 @@ def _of_bitsandbytes(layer: OutlierLinear) -> nn.Module:
             has_fp16_weights=False,
             threshold=layer.threshold,
         )
-    scales = layer.scale.float().flatten() * HIGH
+    codes = {"CB": layer.codes, "SCB": _largest(layer)}
     made.weight = bitsandbytes.nn.Int8Params(
-        layer.codes, requires_grad=False, has_fp16_weights=False, CB=layer.codes, SCB=scales
+        layer.codes, requires_grad=False, has_fp16_weights=False, **codes
     )
     made.bias = layer.bias
     made.source_cls = Conv1D if layer.transposed else nn.Linear
     return made.train(layer.training)
+
+
+def _ours(layer: Any, dtype: torch.dtype) -> OutlierLinear:
+    scale = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    step = (scale.float() / HIGH).reshape(-1, 1)
+    return OutlierLinear(
+        layer.weight.data,
+        Grid(SCHEME, step, torch.zeros_like(step, dtype=torch.int8)),
+        layer.bias,
+        dtype=dtype,
+        transposed=getattr(layer, "source_cls", None) is Conv1D,
+        threshold=layer.state.threshold,
+    )

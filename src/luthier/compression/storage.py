@@ -1,17 +1,16 @@
 """How quantised layers lie on disk: compressed-tensors, which transformers and vLLM load without us.
 
-A layer is one of a few layouts that every version of the library from 0.15 on reads:
+A layer is one of a few layouts that the library reads from 0.18 on:
 
-    weights only     "pack-quantized": codes of 4 or 8 bits, symmetric, eight or four to an int32
+    weights only     "pack-quantized": symmetric codes of 2 to 8 bits, packed densely into int32
     W8A8             "int-quantized": codes as int8, one scale a row; inputs rounded as they come, or with a
                      scale of the calibration
 
-Others are put into these without changing a number. Codes of 2 and 3 bits fit 4, those of 5 to 7 fit 8. A
-zero point is subtracted from the codes, which asks for a bit more: 3 bits with zero points lie in 4, 4 to 7
-bits in 8 (asymmetric packed layouts fail to load with compressed-tensors 0.18 to 0.20, those of 3 bits differ
-between its versions). GPT-2's transposed layers are unknown to the library: they are stored as the plain
-weights that they stand for, and so are layers that compute more than a product with codes; both only where no
-inputs are rounded.
+Others are put into these without changing a number. A zero point is subtracted from the codes, which asks for
+a bit more: 4 bits with zero points are stored as 5, for asymmetric packed layouts fail to load with
+compressed-tensors 0.18 to 0.20. vLLM has kernels for 4 and 8 bits only. GPT-2's transposed layers are unknown
+to the library: they are stored as the plain weights that they stand for, and so are layers that compute more
+than a product with codes; both only where no inputs are rounded.
 """
 
 import json
@@ -22,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.compression import outliers
 from luthier.compression.grid import Grid, Scheme
 from luthier.compression.linear import QuantizedLinear, quantized_layers
 from luthier.errors import ModelError
 
 log = logging.getLogger("luthier.models")
 
-VERSION = "0.15.0"  # the oldest that reads what is written here
+VERSION = "0.18.0"  # the oldest that reads what is written here
 
 
 def fits(layer: QuantizedLinear) -> bool:
@@ -46,7 +46,7 @@ def container(scheme: Scheme) -> int:
     """Bits in which the codes are stored, after their zero point was subtracted."""
     if scheme.activation_bits is not None:
         return 8
-    return 4 if scheme.bits + (not scheme.symmetric) <= 4 else 8
+    return scheme.bits + (not scheme.symmetric)
 
 
 def save(model: nn.Module, folder: Path) -> None:
@@ -55,6 +55,9 @@ def save(model: nn.Module, folder: Path) -> None:
     Raises:
         ModelError: a layer has no layout, and no plain weights that would do the same.
     """
+    if outliers.found(model):
+        outliers.save(model, folder)
+        return
     layers = quantized_layers(model)
     odd = {name: layer for name, layer in layers.items() if not fits(layer)}
     for name, layer in odd.items():
@@ -165,6 +168,8 @@ def restore(model: nn.Module) -> nn.Module:
     Layers of another kind (floats of 8 bits, say) are left to it, and then nothing is changed.
     """
     quantizer = getattr(model, "hf_quantizer", None)
+    if type(quantizer).__name__ == "Bnb8BitHfQuantizer":
+        return outliers.restore(model)
     if type(quantizer).__name__ != "CompressedTensorsHfQuantizer":
         return model
     packed = {n: m for n, m in model.named_modules() if getattr(m, "quantization_scheme", None) is not None}

@@ -1,9 +1,7 @@
-"""The training inside a compression method: some steps on the calibration batches, with a callback that
-prunes.
+"""The training inside a compression method: some steps on calibration data, with a callback that prunes.
 
-A batch of the tuning has as many sequences as the first of the batches given; all of them are seen once
-before any is seen again, in an order that the seed decides. The trainer is that of every tuning here
-(`luthier.alignment.reliable`), so its proofs, its progress and its refusals hold.
+Every sequence of the batches is seen once before any is seen again, in an order that the seed decides. The
+trainer is that of every tuning here (`luthier.alignment.reliable`): its proofs, progress and refusals hold.
 """
 
 import tempfile
@@ -49,6 +47,7 @@ def tune(
     batches: Sequence[Batch],
     *,
     steps: int,
+    batch_size: int,
     learning_rate: float,
     seed: int,
     callbacks: Sequence[TrainerCallback],
@@ -79,7 +78,7 @@ def tune(
         settings = {
             "output_dir": folder,
             "max_steps": steps,
-            "per_device_train_batch_size": min(len(batches[0]["input_ids"]), len(rows)),
+            "per_device_train_batch_size": min(batch_size, len(rows)),
             "learning_rate": learning_rate,
             "seed": seed,
             "warmup_steps": 0.1,

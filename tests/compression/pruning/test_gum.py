@@ -18,7 +18,7 @@ IDS = pruned_models.chains(3, 20, 7)
 
 
 def config(**options):
-    return luthier.method("gum")(**({"ratio": 0.5, "steps": 12} | options))
+    return luthier.method("gum")(**({"ratio": 0.5, "steps": 12, "batch_size": 8} | options))
 
 
 def neurons(model, **options):
@@ -170,6 +170,7 @@ def test_weights_and_scores_have_rates_of_their_own(tiny_llama):
         tiny_llama,
         pruned_models.batches(count=1),
         steps=4,
+        batch_size=8,
         learning_rate=1e-5,
         seed=0,
         callbacks=[held, watch],
@@ -214,7 +215,7 @@ def test_it_beats_magnitude_that_is_tuned_as_long():
     model, other = pruned_models.trained(), pruned_models.trained()
     config(steps=60, learning_rate=5e-4).compress(model, batches)
     luthier.method("llm_pruner")(ratio=0.5, importance="l2", units=["mlp"]).compress(other, batches)
-    short_tuning.tune(other, batches, steps=60, learning_rate=5e-4, seed=0, callbacks=[])
+    short_tuning.tune(other, batches, steps=60, batch_size=8, learning_rate=5e-4, seed=0, callbacks=[])
     assert pruned_models.loss(model) < pruned_models.loss(other)
 
 

@@ -1,4 +1,4 @@
-"""LoRAPrune: importance from the factors' gradients alone, masks that only grow, a smaller model at the end."""
+"""LoRAPrune: importance from the factors' gradients alone, masks that only grow, a smaller model."""
 
 import copy
 
@@ -22,7 +22,7 @@ PROJECTIONS = {"mlp": ("gate", "up", "down"), "attention": ("q", "k", "v", "o")}
 
 def config(**options):
     return luthier.method("loraprune")(
-        **({"ratio": 0.5, "steps": 10, "every": 2, "lora_dropout": 0.0} | options)
+        **({"ratio": 0.5, "steps": 10, "batch_size": 8, "every": 2, "lora_dropout": 0.0} | options)
     )
 
 
@@ -159,6 +159,7 @@ def tuned_with_masks(model, batches, **options):
         tuned,
         batches,
         steps=own.steps,
+        batch_size=8,
         learning_rate=own.learning_rate,
         seed=0,
         callbacks=[pruner, watch],
@@ -189,7 +190,9 @@ def test_without_a_mask_it_is_lora_to_the_bit():
     torch.manual_seed(0)
     own = config()
     plain = attach(tiny.llama(), own.lora(own.find(tiny.llama())))
-    short_tuning.tune(plain, batches, steps=6, learning_rate=own.learning_rate, seed=0, callbacks=[])
+    short_tuning.tune(
+        plain, batches, steps=6, batch_size=8, learning_rate=own.learning_rate, seed=0, callbacks=[]
+    )
     assert len(watch.counts) == 6
     assert not any(watch.counts[4].values())  # masks came with the last step, after its gradients
     last = dict(plain.named_parameters())

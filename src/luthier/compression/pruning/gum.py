@@ -82,6 +82,7 @@ class Config:
     hold: float = option(0.1, "share of the steps at the start without masks", ge=0, lt=1)
     settle: float = option(0.3, "share of the steps at the end with all masks", ge=0, lt=1)
     steps: int = option(200, "steps of the tuning", ge=1)
+    batch_size: int = option(4, "sequences of a step", ge=1)
     learning_rate: float = option(5e-5, "highest learning rate of the weights", gt=0)
     score_rate: float = option(1e-2, "highest learning rate of the scores", gt=0)
     weight_decay: float = option(0.1, "decay of the weights, not of the scores", ge=0)
@@ -98,7 +99,7 @@ class Config:
         """Tune and prune a model in place; its weights are then the tuned ones.
 
         Args:
-            batches: {input_ids, attention_mask} (batch, seq); their number of rows is the batch size.
+            batches: {input_ids, attention_mask} (batch, seq), of which each row is a sequence to learn.
 
         Raises:
             MethodError: the model is no causal one with such units, or it is quantised.
@@ -119,6 +120,7 @@ class Config:
                 model,
                 batches,
                 steps=self.steps,
+                batch_size=self.batch_size,
                 learning_rate=self.learning_rate,
                 seed=self.seed,
                 callbacks=[neurons],
@@ -149,7 +151,7 @@ class Config:
 
 
 def _set_weights(model: nn.Module, states: dict[str, tuple[torch.dtype, bool]]) -> None:
-    """Give parameters, by name, a dtype and whether they learn. Buffers keep theirs: angles of positions, say."""
+    """Give parameters, by name, a dtype and whether they learn. Buffers (angles of positions) keep theirs."""
     for name, parameter in model.named_parameters():
         if name in states:
             dtype, learns = states[name]

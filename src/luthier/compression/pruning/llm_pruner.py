@@ -107,6 +107,11 @@ class Config:
     def kinds(self) -> list[str]:
         return [units.MLP, units.ATTENTION] if self.units is None else list(self.units)
 
+    @property
+    def wants_data(self) -> bool:
+        """Whether the importance is taken from a loss."""
+        return self.importance not in DATA_FREE
+
     def compress(self, model: nn.Module, batches: Iterable[gradients.Batch]) -> list[Record]:
         """Take the units out of a model in place.
 
@@ -161,7 +166,7 @@ class Config:
         names = {part.name for u in found for part in u.weights}
         joint: dict[str, Tensor] = {}
         fisher: dict[str, Tensor] = {}
-        if self.importance not in DATA_FREE:
+        if self.wants_data:
             second = self.taylor != "first"
             joint, fisher = gradients.gradients(model, batches, names, squares=second)
         scores = {}

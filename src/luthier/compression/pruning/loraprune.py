@@ -80,6 +80,7 @@ class Config:
     lora_alpha: int = option(16, "scale of the LoRA: its update is multiplied by alpha / r", ge=1)
     lora_dropout: float = option(0.05, "dropout on the input of the LoRA", ge=0, lt=1)
     steps: int = option(200, "steps of the tuning", ge=1)
+    batch_size: int = option(4, "sequences of a step", ge=1)
     learning_rate: float = option(3e-4, "highest learning rate", gt=0)
     seed: int = option(0, "of the LoRA's start and the order of the data")
 
@@ -102,7 +103,7 @@ class Config:
         """Tune and prune a model in place; its weights are then those of the tuned one.
 
         Args:
-            batches: {input_ids, attention_mask} (batch, seq); their number of rows is the batch size.
+            batches: {input_ids, attention_mask} (batch, seq), of which each row is a sequence to learn.
 
         Raises:
             MethodError: the model is no causal one with such units, or it is quantised.
@@ -120,6 +121,7 @@ class Config:
                 tuned,
                 batches,
                 steps=self.steps,
+                batch_size=self.batch_size,
                 learning_rate=self.learning_rate,
                 seed=self.seed,
                 callbacks=[masks],

@@ -66,7 +66,7 @@ def test_its_size_is_planned_from_its_config():
     assert shapes == {name: p.shape for name, p in model.named_parameters()}
 
 
-def test_a_config_that_is_asked_for_one_width_of_all_says_that_there_is_none():
+def test_a_config_that_is_asked_for_one_width_gives_the_widest():
     model = build(tiny.llama(), {1: DIFFERENT})
-    with pytest.raises(RuntimeError, match="per-layer attribute"):
-        _ = model.config.intermediate_size
+    assert model.config.intermediate_size == 64
+    assert [own.intermediate_size for own in model.config.per_layer_config] == [64, 40]

@@ -107,6 +107,8 @@ def config_with(config: Any, differences: Mapping[int, Mapping[str, Any]]) -> An
     fields = config.to_dict()
     own = fields.pop("model_type")
     base = fields.pop("base_model_type", own)
+    # Asked for one width, the config says that of the whole model: what plans memory then asks for enough.
+    fields["allow_global_per_layer_attribute_access"] = True
     fields["per_layer_config"] = {index: dict(values) for index, values in differences.items()}
     made = PerLayerConfig(base, **copy.deepcopy(fields))
     made._name_or_path = config._name_or_path

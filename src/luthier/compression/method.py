@@ -8,8 +8,8 @@ a later one rounds, an earlier one only prepares.
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from luthier.compression.grid import Grid, Scheme, activation_step, fit, require
 from luthier.compression.linear import dimensions, matrix, quantize_layer, require_plain, set_matrix
 from luthier.compression.records import Record
 from luthier.compression.statistics import Hessian, Moments
+from luthier.errors import MethodError
 from luthier.options import option
 
 
@@ -46,6 +47,10 @@ class OneShot:
         """
         require_plain(name, layer)
 
+    def for_layer(self, name: str) -> Self:
+        """The options that hold for one layer."""
+        return self
+
     def prepare(self, block: Block) -> None:
         """Change the block without rounding or masking anything; it computes the same after it."""
 
@@ -69,7 +74,7 @@ class LayerByLayer(OneShot):
             block.observe({names[0]: hessian})
             for name in names:
                 start = time.perf_counter()
-                record = self.change_layer(block, name, layers[name], hessian.value)
+                record = self.for_layer(name).change_layer(block, name, layers[name], hessian.value)
                 record.seconds = time.perf_counter() - start
                 yield record
 
@@ -93,6 +98,7 @@ class Quantizer(OneShot):
     activation_per: str = option(
         "token", "what shares a scale of inputs", choices=("token", "tensor", "static")
     )
+    layer_bits: dict = option({}, "bits of single layers, by name or end of name; the others have `bits`")
 
     quantizes: ClassVar[bool] = True
 
@@ -107,7 +113,16 @@ class Quantizer(OneShot):
 
     def check(self, name: str, layer: nn.Module) -> None:
         super().check(name, layer)
+        for bits in self.layer_bits.values():
+            if not isinstance(bits, int) or not 2 <= bits <= 8:
+                raise MethodError(f"layer_bits: {bits} are no bits of a weight.", fix="Give 2 to 8.")
         require_divides(self.scheme, dimensions(layer)[1], name)
+
+    def for_layer(self, name: str) -> Self:
+        """With the bits of the longest of the names in `layer_bits` that is the layer's, or the end of it."""
+        fitting = [n for n in self.layer_bits if name == n or name.endswith(f".{n}")]
+        bits = self.layer_bits[max(fitting, key=len)] if fitting else self.bits
+        return replace(self, bits=bits, layer_bits={})
 
     def fit(self, layer: nn.Module, weight: Tensor, shrink: Any = 1.0) -> Grid:
         """The grid of a weight (out, in), its scale in the layer's dtype."""
@@ -126,14 +141,14 @@ class Quantizer(OneShot):
     def round_layers(self, block: Block) -> Iterator[Record]:
         """Round every layer of the block to the nearest: the last step of methods that only prepare."""
         for name, layer in block.layers().items():
-            start = time.perf_counter()
+            start, own = time.perf_counter(), self.for_layer(name)
             weight = matrix(layer)
-            grid = self.fit(layer, weight)
+            grid = own.fit(layer, weight)
             codes = grid.quantize(weight)
             error = weight_error(grid.dequantize(codes) - weight, weight)
-            self.put(block, name, layer, codes, grid)
+            own.put(block, name, layer, codes, grid)
             seconds = time.perf_counter() - start
-            yield Record(name, error, error, bits=self.bits, seconds=seconds, note="error of the weight")
+            yield Record(name, error, error, bits=own.bits, seconds=seconds, note="error of the weight")
 
 
 @dataclass

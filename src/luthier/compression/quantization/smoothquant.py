@@ -81,7 +81,7 @@ class Config(Scaling):
     def gather(self, block: Block, features: int) -> Inputs:
         return Inputs(block, features, self.sampled_tokens)
 
-    def rounding_error(self, weight: Tensor, seen: Inputs) -> float:
+    def error(self, weight: Tensor, final: Tensor, seen: Inputs) -> float:
         return scheme_error(seen.sample, [weight], torch.ones_like(seen.peak), self.scheme)
 
     def divide(self, seen: Inputs, factors: Tensor) -> None:

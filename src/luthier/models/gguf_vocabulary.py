@@ -124,7 +124,7 @@ def _core(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
             fix="Export safetensors, and convert that with llama.cpp beside the original tokenizer.model.",
         )
     normalizer = core.get("normalizer")
-    parts: list[Any] = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
+    parts: list[Any] = normalizer.get("normalizers", [normalizer]) if normalizer else []
     if any(part["type"] != "NFC" for part in parts):
         raise ModelError(
             f"The tokenizer changes text before it splits it ({', '.join(p['type'] for p in parts)}), which "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from luthier.compression.grid import Grid, Scheme, fit
-from luthier.compression.linear import QuantizedLinear, quantize_layer
+from luthier.compression.linear import QuantizedLinear
 
 
 class CompensatedLinear(QuantizedLinear):
@@ -55,21 +55,15 @@ class CompensatedLinear(QuantizedLinear):
         """A (r, in) and B (out, r), in the model's dtype."""
         return _whole(self.down, self.down_scale, self.dtype), _whole(self.up, self.up_scale, self.dtype)
 
-    @property
-    def base_weight(self) -> Tensor:
-        """The weight of the codes alone."""
-        return super().weight
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """Q + B A (out, in), in the model's dtype; made when asked for."""
+    def whole_weight(self) -> Tensor:
         down, up = self.factors
-        return (self.grid.dequantize(self.codes) + up.float() @ down.float()).to(self.dtype)
+        return super().whole_weight() + up.float() @ down.float()
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.quantize_input(input)
         down, up = (factor.to(input.dtype) for factor in self.factors)
-        y = functional.linear(x, self.base_weight.to(input.dtype), self.bias)
+        coded = self.grid.dequantize(self.codes).to(self.dtype)
+        y = functional.linear(x, coded.to(input.dtype), self.bias)
         return y + functional.linear(functional.linear(x, down), up)
 
     def extra_repr(self) -> str:
@@ -86,29 +80,35 @@ def round_factor(factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return grid.quantize(factor), grid.scale
 
 
-def compensate(
-    layer: nn.Module,
-    codes: Tensor,
-    grid: Grid,
-    factors: tuple[Tensor, Tensor],
-    *,
-    whole: bool,
-    **options: Any,
-) -> CompensatedLinear:
-    """The layer that stands for a plain one: these codes, and these factors A and B beside them.
+def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) whose product B A is nearest to a matrix (out, in) of all of rank r; float32.
+
+    The singular vectors of the shorter side come from the smaller Gram matrix, in float64, which is several
+    times quicker than the whole decomposition; the others follow from them. Singular values are shared
+    equally between the two.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    wide = (matrix.T if tall else matrix).double()
+    vectors = torch.linalg.eigh(wide @ wide.T).eigenvectors.flip(1)[:, :rank]  # greatest first
+    across = vectors.T @ wide  # rows: singular value times the other vector
+    root = across.norm(dim=1).sqrt()
+    first, second = vectors * root, across / root.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    first, second = first.float(), second.float()
+    return (first.T.contiguous(), second.T.contiguous()) if tall else (second, first)
+
+
+def compensate(layer: QuantizedLinear, down: Tensor, up: Tensor, *, whole: bool = False) -> CompensatedLinear:
+    """A quantised layer with the factors A (r, in) and B (out, r) beside its codes.
 
     Args:
         whole: hold the factors in the layer's dtype, not in 8 bits.
     """
-    own: Any = layer.weight
-    down, up = factors
-    parts: dict[str, Tensor | None] = {"down": down.to(own.dtype), "up": up.to(own.dtype)}
+    parts: dict[str, Tensor] = {"down": down.to(layer.dtype), "up": up.to(layer.dtype)}
     if not whole:
-        parts["down"], parts["down_scale"] = round_factor(down, own.dtype)
-        parts["up"], parts["up_scale"] = round_factor(up, own.dtype)
-    made = quantize_layer(layer, codes, grid, kind=CompensatedLinear, **parts, **options)
-    assert isinstance(made, CompensatedLinear)
-    return made
+        parts["down"], parts["down_scale"] = round_factor(down, layer.scale.dtype)
+        parts["up"], parts["up_scale"] = round_factor(up, layer.scale.dtype)
+    made = CompensatedLinear(layer.codes, layer.grid, layer.bias, **_options(layer), **parts)
+    return made.train(layer.training)
 
 
 def separate(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
@@ -121,13 +121,10 @@ def separate(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     taken = {}
     for name, layer in layers.items():
         taken[name] = layer.factors
-        plain = QuantizedLinear(
-            layer.codes,
-            layer.grid,
-            layer.bias,
-            dtype=layer.dtype,
-            input_scale=layer.input_scale,
-            transposed=layer.transposed,
-        )
+        plain = QuantizedLinear(layer.codes, layer.grid, layer.bias, **_options(layer))
         model.set_submodule(name, plain.train(layer.training))
     return taken
+
+
+def _options(layer: QuantizedLinear) -> dict[str, Any]:
+    return {"dtype": layer.dtype, "input_scale": layer.input_scale, "transposed": layer.transposed}

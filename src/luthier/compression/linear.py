@@ -60,10 +60,14 @@ class QuantizedLinear(nn.Linear):
         zero = torch.zeros_like(self.scale, dtype=torch.int8) if self.zero is None else self.zero
         return Grid(self.scheme, self.scale, zero)
 
+    def whole_weight(self) -> Tensor:
+        """The weight (out, in) that the layer stands for, float32, before it is cast to the model's dtype."""
+        return self.grid.dequantize(self.codes)
+
     @property
     def weight(self) -> Tensor:
-        """The weight (out, in) that the codes stand for, in the model's dtype; made when asked for."""
-        return self.grid.dequantize(self.codes).to(self.dtype)
+        """The weight (out, in) that the layer stands for, in the model's dtype; made when asked for."""
+        return self.whole_weight().to(self.dtype)
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """What the layer makes of its input before the product."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from luthier.compression.grid import Grid
 from luthier.errors import MethodError
 
 log = logging.getLogger("luthier.compression")
@@ -151,3 +152,16 @@ def _sweep_block(
         part[j + 1 :].addr_(factor[j, j + 1 :], lost[j], alpha=-1)
         part[j] = new
     w[:, start:end], errors[:, start:end] = part.T, lost.T
+
+
+def rounding(grid: Grid) -> Settle:
+    """Moves a column of the matrix to its grid."""
+    scales, zeros = grid.scale.float().T.contiguous(), grid.zero.float().T.contiguous()  # (groups, out)
+    low, high, width = grid.scheme.low, grid.scheme.high, grid.scheme.group_size
+
+    def settle(column: Tensor, index: int) -> Tensor:
+        group = index // width if width else 0
+        scale, zero = scales[group], zeros[group]
+        return torch.round(column / scale).add_(zero).clamp_(low, high).sub_(zero).mul_(scale)
+
+    return settle

@@ -64,7 +64,8 @@ def encode(name: str, owner: nn.Module, part: str, kind: str) -> NDArray[Any]:
     Raises:
         ModelError: there are values that are not finite, or too large for the kind.
     """
-    if part == "weight" and isinstance(owner, QuantizedLinear) and kind in LEVELS:
+    # A layer with tensors of its own is more than its codes.
+    if part == "weight" and isinstance(owner, QuantizedLinear) and not owner.OWN and kind in LEVELS:
         held = levels(owner)
         if held is not None and _fits(*held, kind):
             return pack(*held, kind)
@@ -139,7 +140,7 @@ def _spread(values: Tensor, rows: int, columns: int) -> Tensor:
 
 def _values(owner: nn.Module, part: str) -> NDArray[np.float32]:
     if part == "weight" and isinstance(owner, QuantizedLinear):
-        found = owner.grid.dequantize(owner.codes)  # not its weight: that is rounded to the model's dtype
+        found = owner.whole_weight()  # not its weight: that is rounded to the model's dtype
     else:
         found = getattr(owner, part).detach()
     return np.ascontiguousarray(found.float().cpu().numpy())

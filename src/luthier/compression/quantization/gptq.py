@@ -31,7 +31,7 @@ from luthier.compression.linear import matrix
 from luthier.compression.masks import SPARSE, share_of_zeros
 from luthier.compression.method import LayerByLayer, Quantizer, output_error
 from luthier.compression.records import Record
-from luthier.compression.sweep import Settle, Swept, sweep
+from luthier.compression.sweep import Swept, rounding, sweep
 from luthier.options import option
 
 
@@ -83,16 +83,3 @@ class Config(Quantizer, LayerByLayer):
         swept = sweep(weight, hessian, settle=settle, look=fit_group, look_every=width, **options)
         scale, zero = torch.cat([g.scale for g in grids], 1), torch.cat([g.zero for g in grids], 1)
         return Grid(self.scheme, scale, zero), swept
-
-
-def rounding(grid: Grid) -> Settle:
-    """Moves a column of the matrix to its grid."""
-    scales, zeros = grid.scale.float().T.contiguous(), grid.zero.float().T.contiguous()  # (groups, out)
-    low, high, width = grid.scheme.low, grid.scheme.high, grid.scheme.group_size
-
-    def settle(column: Tensor, index: int) -> Tensor:
-        group = index // width if width else 0
-        scale, zero = scales[group], zeros[group]
-        return torch.round(column / scale).add_(zero).clamp_(low, high).sub_(zero).mul_(scale)
-
-    return settle

@@ -13,13 +13,37 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from luthier.compression.block import Block, hooked
+from luthier.compression.block import Block, Call, hooked
 from luthier.compression.grid import straight_through
 from luthier.compression.linear import matrix
 from luthier.tuning.places import is_norm
 
 Rounding = Callable[[str, Tensor], Tensor]
 """Takes the full name of a layer and its weight (out, in), or its input, and returns that rounded."""
+
+
+def in_rows(block: Block, rows: int) -> Block:
+    """The block with the same inputs in batches of at most so many rows; views of what it holds."""
+    hidden, calls, masks = [], [], []
+    for whole, call, mask in zip(block.hidden, block.calls, block.masks, strict=True):
+        for start in range(0, len(whole), rows):
+            part = slice(start, start + rows)
+            hidden.append(whole[part])
+            masks.append(mask[part])
+            options = {key: _cut(value, len(whole), part) for key, value in call.options.items()}
+            calls.append(Call(_cut(call.arguments, len(whole), part), options))
+    cut = Block(block.model, block.name, block.index, hidden, calls, masks)
+    cut.choose(set(block.layers()))
+    return cut
+
+
+def _cut(value: Any, batch: int, part: slice) -> Any:
+    """The rows of what a block is called with; what all rows share (positions, say) stays whole."""
+    if isinstance(value, tuple):
+        return tuple(_cut(item, batch, part) for item in value)
+    if isinstance(value, Tensor) and value.dim() > 1 and len(value) == batch > 1:
+        return value[part]
+    return value
 
 
 class Student:
@@ -82,12 +106,13 @@ class Student:
         return float(sum(lost for lost, _ in pairs) / sum(whole for _, whole in pairs))
 
     def learn(self, targets: list[Tensor], steps: int, learning_rate: float) -> None:
-        """Steps of Adam on the mean squared error, one batch a step, the batches in turn."""
+        """Steps of Adam on the mean squared error, one batch a step: in turn, or spread over all."""
         parameters = [master.requires_grad_() for master in self.masters.values()]
         optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+        count = len(targets)
         with torch.enable_grad():
             for step in range(steps):
-                index = step % len(targets)
+                index = step % count if steps >= count else step * count // steps
                 lost, _ = self.loss(index, targets[index])
                 optimizer.zero_grad()
                 (lost / self.block.masks[index].sum() / targets[index].shape[-1]).backward()

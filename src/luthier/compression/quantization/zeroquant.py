@@ -45,7 +45,7 @@ from luthier.compression.block import Block
 from luthier.compression.grid import Grid, Scheme, activation_step, round_activations, stored
 from luthier.compression.linear import dimensions, matrix, quantize_layer
 from luthier.compression.method import Quantizer, weight_error
-from luthier.compression.reconstruction import Student
+from luthier.compression.reconstruction import Student, in_rows
 from luthier.compression.records import Record
 from luthier.compression.statistics import Moments
 from luthier.errors import MethodError
@@ -58,6 +58,7 @@ class Config(Quantizer):
     groups: int | None = option(None, "groups of a whole matrix, in place of group_size", ge=1)
     steps: int = option(50, "steps of distillation a block; 0: rounding alone, without data", ge=0)
     learning_rate: float = option(1e-4, "of the distillation", gt=0)
+    batch_size: int = option(2, "rows of calibration data in a step", ge=1)
 
     @property
     def wants_data(self) -> bool:
@@ -97,8 +98,10 @@ class Config(Quantizer):
         weights = {name: matrix(layer) for name, layer in layers.items()}
         errors, note = None, "error of the weight"
         if self.steps:
-            student = Student(block, lambda name, w: grid(name, w).round(w), round_input)
-            errors = self._distil(block, student)
+            student = Student(
+                in_rows(block, self.batch_size), lambda name, w: grid(name, w).round(w), round_input
+            )
+            errors = self._distil(student)
             note = "error of the block's output"
             if errors[1] < errors[0]:
                 student.hand_over()
@@ -114,9 +117,9 @@ class Config(Quantizer):
             seconds = (time.perf_counter() - start) / len(layers)
             yield Record(name, before, after, bits=bits[name], seconds=seconds, note=note)
 
-    def _distil(self, block: Block, student: Student) -> tuple[float, float]:
+    def _distil(self, student: Student) -> tuple[float, float]:
         """Train a block; its error before and after."""
-        targets = [block.run(index) for index in range(len(block.hidden))]
+        targets = [student.block.run(index) for index in range(len(student.block.hidden))]
         before = student.error(targets)
         student.learn(targets, self.steps, self.learning_rate)
         return before, student.error(targets)

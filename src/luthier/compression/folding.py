@@ -237,7 +237,7 @@ class _Probe:
         self.hidden, self.mask = block.hidden[0].float(), block.masks[0]
         call = block.calls[0]
         self.arguments, self.options = _float(call.arguments), _float(call.options)
-        config: Any = block.model.config
+        config: Any = getattr(block.model, "config", None)
         heads = getattr(config, "num_attention_heads", None)
         self.head: int | None = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
         self.groups: dict[_Key, list[str]] = {}

@@ -71,7 +71,7 @@ class Inputs:
 class Config(Scaling):
     ratios: int = option(20, "exponents that are tried, evenly from 0 to just below 1; 1: none but 0", ge=1)
     clip: bool = option(True, "search a smaller range for each group of weights")
-    search_tokens: int = option(2048, "tokens of the runs that compare exponents", ge=1)
+    search_tokens: int = option(1024, "tokens of the runs that compare exponents", ge=1)
 
     def gather(self, block: Block, features: int) -> Inputs:
         return Inputs(features, block.device)

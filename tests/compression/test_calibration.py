@@ -2,6 +2,7 @@
 
 import gc
 import json
+from pathlib import Path
 
 import pytest
 import small_compression as small
@@ -266,6 +267,22 @@ def test_a_block_that_is_half_written_is_done_again(monkeypatch, tmp_path, damag
     model, _, done = run(monkeypatch, tmp_path, **GPTQ)
     assert done == [1, 2, 3]
     assert all(torch.equal(t, whole.state_dict()[key]) for key, t in model.state_dict().items())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kill_while_the_record_is_written_leaves_no_half_of_it(monkeypatch, tmp_path):
+    plain = Path.write_text
+
+    def cut_off(path, text, *args, **options):
+        plain(path, text[: len(text) // 2])
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", cut_off)
+        with pytest.raises(Killed):
+            compress(tiny.llama(), method("gptq")(**GPTQ), calibration=small.batches(), folder=tmp_path)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    compress(tiny.llama(), method("gptq")(**GPTQ), calibration=small.batches(), folder=tmp_path)
     assert not list(tmp_path.iterdir())
 
 

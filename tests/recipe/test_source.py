@@ -111,7 +111,7 @@ def test_every_fault_is_told_at_once_with_line_and_nearest_name(write):
         ("'>= 80%'", "0.8", "must be a comparison such as '>= 0.8', not 0.8"),
         ("format: safetensors", "format: adaptr", "Did you mean 'adapter'?"),
         ("format: safetensors", "merge: yes", "must be boolean, not 'yes'. YAML writes true or false"),
-        ("- export: {format: safetensors}", "- compress: {}", "Compression stages are not available yet"),
+        ("- export: {format: safetensors}", "- compress: {}", "'stages.3.compress.method' is missing"),
         ("- export: {format", "- exprot: {format", "unknown key 'exprot' in stages.3. Did you mean 'export'"),
         ("- export: {", "- tune: {}\n    export: {", "a stage is a mapping of one key, its kind; found 2"),
         ("samples: 10", "generation: {max_new_token: 4}", "Did you mean 'max_new_tokens'"),

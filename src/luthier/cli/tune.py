@@ -57,6 +57,7 @@ def command(
     from luthier.data.load import load
     from luthier.errors import RecipeError
     from luthier.recipe.race import LAPS, METHODS, OBJECTIVE, race, sized
+    from luthier.recipe.source import write_recipe
 
     console = Console(soft_wrap=True)
     allowed = _parameters(budget)
@@ -75,7 +76,7 @@ def command(
     else:
         chosen = sized(spec, method, allowed, objective)
     file = output / f"{name}.yaml"
-    _write(file, _recipe(name, spec, seed, str(output), data, objective, chosen, steps, test), why)
+    write_recipe(file, _recipe(name, spec, seed, str(output), data, objective, chosen, steps, test), why)
     console.print(f"recipe  {file}")
     run.command(file, overrides)
 
@@ -133,25 +134,6 @@ def _recipe(
         metrics = METRICS.get(objective, OTHER_METRICS)
         stages.append({"evaluate": {"data": str(test), "metrics": metrics}})
     return {"name": name, "model": model, "seed": seed, "output": output, "stages": stages}
-
-
-def _write(file: Path, recipe: dict[str, Any], why: str) -> None:
-    import io
-    from textwrap import wrap
-
-    from ruamel.yaml import YAML
-
-    from luthier.errors import RecipeError
-
-    yaml = YAML()
-    yaml.default_flow_style = False
-    stream = io.StringIO()
-    stream.writelines(f"# {line}\n" for line in wrap(why, 110))
-    yaml.dump(recipe, stream)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.exists() and file.read_text(encoding="utf-8") != stream.getvalue():
-        raise RecipeError(f"{file} is another recipe already.", fix="Give --name another, or remove it.")
-    file.write_text(stream.getvalue(), encoding="utf-8")
 
 
 def _show(found: "Race", console: "Console") -> None:

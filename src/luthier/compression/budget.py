@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from luthier.compression.block import Block
 from luthier.compression.calibration import Batch, calibrate, choose_layers
 from luthier.compression.compress import compress
-from luthier.compression.grid import Scheme, fit
+from luthier.compression.grid import Scheme, fit, require_divides
 from luthier.compression.linear import dimensions, matrix
 from luthier.compression.records import Record
 from luthier.compression.statistics import Hessian
@@ -133,6 +133,7 @@ def choices(
             block.observe({names[0]: hessian})
             second = hessian.value / 2  # E[x x^T]
             for name in names:
+                require_divides(Scheme(group_size=group_size), dimensions(layers[name])[1], name)
                 found[name] = _choices(layers[name], gradients[name], second, group_size, bits)
         return []
 

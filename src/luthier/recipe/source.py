@@ -1,8 +1,10 @@
 """From a recipe file to a `Recipe`: YAML with line numbers, overrides, and all faults at once."""
 
 import copy
+import io
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,10 +24,6 @@ from luthier.recipe.schema import KINDS, ModelSpec, Recipe, StageItem
 from luthier.recipe.validate import Draft, problems
 
 Place = tuple[str | int, ...]  # keys and indices from the top of the recipe: ("stages", 0, "tune", "method")
-
-# Kinds of stage that are announced but not there yet, so that their users are not told "unknown key" only.
-_LATER = {"compress": "Compression stages are not available yet."}
-
 
 # Keys that may be written as one string, and what it is.
 _WRITTEN = {
@@ -99,6 +97,23 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise recipe_error(str(path), source.faults)
     assert recipe is not None
     return recipe
+
+
+def write_recipe(file: Path, recipe: dict[str, Any], comment: str) -> None:
+    """Write a recipe that a command has made, under a comment that says why it is so.
+
+    Raises:
+        RecipeError: the file holds another recipe.
+    """
+    yaml = YAML()
+    yaml.default_flow_style = False
+    stream = io.StringIO()
+    stream.writelines(f"# {line}\n" for line in textwrap.wrap(comment, 110))
+    yaml.dump(recipe, stream)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists() and file.read_text(encoding="utf-8") != stream.getvalue():
+        raise RecipeError(f"{file} is another recipe already.", fix="Give --name another, or remove it.")
+    file.write_text(stream.getvalue(), encoding="utf-8")
 
 
 def recipe_error(label: str, faults: Sequence[Fault]) -> RecipeError:
@@ -384,12 +399,11 @@ def _translate(source: Source, detail: ErrorDetails) -> Fault:
     if kind == "extra_forbidden":
         key = str(place[-1])
         parent = dotted(place[:-1]) or "the recipe"
-        fix = _LATER.get(key) if len(place) == 3 else None
         return Fault(
             source.where(place),
             place,
             f"unknown key '{key}' in {parent}",
-            fix or did_you_mean(key, _fields_at(place[:-1])),
+            did_you_mean(key, _fields_at(place[:-1])),
         )
     if found is None:
         return Fault(

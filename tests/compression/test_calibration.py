@@ -212,7 +212,7 @@ def test_a_pass_that_was_killed_goes_on_to_the_same_end(monkeypatch, tmp_path, n
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
     for found, wanted in zip(records, expected, strict=True):
         assert found.as_dict() | {"seconds": 0} == wanted.as_dict() | {"seconds": 0}
-    assert not list(tmp_path.iterdir()), "a finished pass leaves nothing"
+    assert run(monkeypatch, tmp_path, name, **options)[2] == [], "what is finished stays until it is saved"
 
 
 def test_nothing_of_another_pass_is_used(monkeypatch, tmp_path):
@@ -267,7 +267,6 @@ def test_a_block_that_is_half_written_is_done_again(monkeypatch, tmp_path, damag
     model, _, done = run(monkeypatch, tmp_path, **GPTQ)
     assert done == [1, 2, 3]
     assert all(torch.equal(t, whole.state_dict()[key]) for key, t in model.state_dict().items())
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_kill_while_the_record_is_written_leaves_no_half_of_it(monkeypatch, tmp_path):
@@ -283,7 +282,6 @@ def test_a_kill_while_the_record_is_written_leaves_no_half_of_it(monkeypatch, tm
             compress(tiny.llama(), method("gptq")(**GPTQ), calibration=small.batches(), folder=tmp_path)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
     compress(tiny.llama(), method("gptq")(**GPTQ), calibration=small.batches(), folder=tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_chain_of_blocks_is_refused():

@@ -54,7 +54,8 @@ def calibrate(
     Args:
         batches: `{"input_ids": (batch, seq), "attention_mask": (batch, seq)}`.
         change: changes a block in place and says what became of each layer.
-        folder: where the state of finished blocks is kept; None keeps none.
+        folder: where the state of finished blocks is kept, until the caller has saved the model and removes
+            it; None keeps none.
         identity: of methods, model and data. What a folder holds of another pass is not used.
 
     Raises:
@@ -79,8 +80,6 @@ def calibrate(
             note = _note(found, time.perf_counter() - start)
             log.info("block %d of %d: %s", index + 1, len(stack), note)
             bar.update(task, advance=1, note=note)
-    if store is not None:
-        store.clear()
     return records
 
 
@@ -232,11 +231,6 @@ class _Store:
         block.module.load_state_dict(state)
         log.info("block %d was done before", block.index + 1)
         return [Record(**record) for record in known["records"]]
-
-    def clear(self) -> None:
-        for file in self.folder.iterdir():
-            file.unlink()
-        self.folder.rmdir()
 
     def _files(self, block: Block) -> tuple[Path, Path]:
         stem = self.folder / f"{block.index:05}"

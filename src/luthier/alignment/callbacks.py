@@ -11,7 +11,6 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from rich.progress import Progress
 from torch import nn
@@ -19,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from luthier import checks
 from luthier.errors import TrainingError
+from luthier.models.bits import digest
 from luthier.resources import PeakMemory, show_bytes
 from luthier.terminal import progress
 
@@ -138,12 +138,12 @@ class StepOneProof(TrainerCallback):
         )
 
 
-def frozen_bits(model: nn.Module, names: Collection[str] | None = None) -> dict[str, int]:
+def frozen_bits(model: nn.Module, names: Collection[str] | None = None) -> dict[str, str]:
     """A hash of the bits of each frozen parameter, or of those in `names`."""
     return {
-        name: int(torch.hash_tensor(parameter.detach()).item())
+        name: digest(parameter)
         for name, parameter in model.named_parameters()
-        if parameter.numel() and (not parameter.requires_grad if names is None else name in names)
+        if (not parameter.requires_grad if names is None else name in names)
     }
 
 

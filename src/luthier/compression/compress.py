@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from luthier.compression.method import OneShot
 from luthier.compression.records import Record
 from luthier.errors import DataError, MethodError
 from luthier.models import structure
+from luthier.models.bits import digest
 from luthier.tuning.soft_prompts import learnt_positions
 
 log = logging.getLogger("luthier.compression")
@@ -219,7 +219,5 @@ def _identity(model: nn.Module, configs: Sequence[OneShot], batches: Sequence[Ba
         found.update(f"{type(config).__module__} {config}\n".encode())
     for tensors in [*batches, model.state_dict()]:
         for name, tensor in tensors.items():
-            found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            found.update(plain.numpy().data)
+            found.update(f"{name} {digest(tensor)}\n".encode())
     return found.hexdigest()

@@ -14,13 +14,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from luthier.data import load as data
 from luthier.evaluation.text_prompt import TextPrompt
 from luthier.models import sources
+from luthier.models.bits import digest
 from luthier.models.loading import load, load_onto
 from luthier.models.placement import Placement, place
 from luthier.recipe.inputs import Upstream, model_input
@@ -168,10 +168,10 @@ class _Pristine:
         return _digests(model) == self._weights
 
 
-def _digests(model: PreTrainedModel) -> dict[str, tuple[torch.dtype, int]]:
+def _digests(model: PreTrainedModel) -> dict[str, str]:
     """A hash of the bits of every parameter and buffer."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {name: (t.dtype, int(torch.hash_tensor(t.detach()).item())) for name, t in tensors if t.numel()}
+    return {name: digest(tensor) for name, tensor in tensors}
 
 
 def _structure(model: PreTrainedModel) -> list[tuple]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from luthier.errors import MethodError
 from luthier.models import structure
+from luthier.models.bits import digest
 from luthier.tuning.probe import evaluating
 
 FULL = 512  # up to this size a sum of outer products is kept whole; above, as its leading eigenvectors
@@ -341,5 +342,5 @@ def weights(model: Any) -> dict[str, Tensor]:
 
 def bits(model: Any) -> int:
     """A hash of them."""
-    parts = (f"{name} {torch.hash_tensor(w).item()}\n" for name, w in weights(model).items())
+    parts = (f"{name} {digest(w)}\n" for name, w in weights(model).items())
     return int(hashlib.sha256("".join(parts).encode()).hexdigest()[:15], 16)

@@ -171,9 +171,10 @@ def _row(probe: "_Probe", key: "_Key", only_norms: bool) -> Row:
         found = _first(probe, (replace(row, maker=maker, outputs=outputs) for maker, outputs in routes))
     if found is not None:
         return found
-    if only_norms and not tried:
-        return replace(row, why="no norm makes it")
-    return replace(row, why="the norm's output goes elsewhere too" if tried else "nothing linear makes it")
+    if tried:
+        shared = probe.untouchable([probe.made_by_norm[key]])
+        return replace(row, why=f"{shared or 'the norm'} feeds something else too")
+    return replace(row, why="no norm makes it" if only_norms else "nothing linear makes it")
 
 
 def _first(probe: "_Probe", candidates: Iterator[Row]) -> Row | None:

@@ -112,7 +112,13 @@ class Config(Scaling):
 
         if len(layers) == 1:
             name, hessian = row.layers[0], seen.hessian
-            yield lambda c: output_error(rounded(name, c) - weights[name], weights[name], hessian)
+            weight = weights[name]
+
+            def alone(factors: Tensor) -> float:
+                change = rounded(name, factors) - weight
+                return float(((change @ hessian) * change).sum())
+
+            yield alone
             return
         replay = Replay(block, around(row.layers), self.search_tokens)
         exact = replay()

@@ -1,4 +1,4 @@
-"""What tests of methods that change whole blocks share: a block of a small model, models with planted channels."""
+"""What tests of methods that change whole blocks share: a block of a small model, a planted channel."""
 
 from collections.abc import Sequence
 from typing import Any

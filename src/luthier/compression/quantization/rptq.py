@@ -20,8 +20,10 @@ input where no norm comes before its layers (BERT). Other layers' inputs have `a
 Different from the authors' code: a norm writes in the order of the residual stream, so its readers hold the
 cluster of each channel in place of a permutation; the numbers are the same. The products of queries with keys
 and of probabilities with values stay in floating point (their clusters of q and k, and the 4-bit cache, are
-not built). Columns are settled in the order of falling inputs. A group's ranges are seen when those before it
-are rounded already. Such layers have no common file format: evaluate the model where it was made.
+not built). Ranges are the extremes of all batches; the authors' moving average (`momentum: 0.99`) follows the
+first batch where there are few. Columns are settled in the order of falling inputs, and a group's ranges are
+seen when those before it are rounded already. No common file format holds such layers: evaluate the model in
+the run that makes it.
 """
 
 import time
@@ -64,9 +66,7 @@ class Config(OneShot):
     clusters: int = option(32, "most clusters of the inputs of a layer", ge=1)
     head_clusters: int = option(4, "most clusters of a head, where heads are put together", ge=1)
     reorder: bool = option(True, "put the channels of a cluster side by side where it costs nothing")
-    momentum: float = option(
-        0.99, "of the moving average of ranges over batches; 0: the extremes of all", ge=0, lt=1
-    )
+    momentum: float = option(0.0, "of a moving average of ranges over batches; 0: their extremes", ge=0, lt=1)
     damping: float = option(0.01, "share of the mean of H's diagonal that is added to it", ge=0, le=1)
 
     quantizes: ClassVar[bool] = True

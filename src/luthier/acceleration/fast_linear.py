@@ -131,8 +131,7 @@ class Int4Linear(FastLinear):
     @property
     def codes(self) -> Tensor:  # type: ignore[override]
         """int8 (out, in), signed."""
-        codes = _unpack(self.packed, self.block).T.to(torch.int8, memory_format=torch.contiguous_format)
-        return codes.sub_(8)
+        return _unpack(self.packed, self.block).T.contiguous()
 
     def product(self, x: Tensor) -> Tensor:
         halved = self.quantize_input(x).to(BF16)
@@ -143,9 +142,11 @@ class Int4Linear(FastLinear):
         rows = max(PART // self.in_features // self.block, 1) * self.block
         for start in range(0, self.out_features, rows):
             end = min(start + rows, self.out_features)
-            scale, shift = self.scale_shift[:, None, start:end].to(wide).unbind(-1)  # (groups, 1, rows)
+            scale, shift = (t.contiguous() for t in self.scale_shift[:, None, start:end].to(wide).unbind(-1))
             codes = _unpack(self.packed[start:end], self.block).to(wide)  # (in, rows)
-            weight = codes.view(-1, self.group, end - start).sub_(8).mul_(scale).add_(shift)
+            weight = codes.view(-1, self.group, end - start).mul_(scale)  # scale (groups, 1, rows)
+            if self.zero is not None:
+                weight.add_(shift)
             y[:, start:end] = halved.to(wide) @ weight.view(self.in_features, end - start)
         return y
 
@@ -315,7 +316,7 @@ def _many_dtype(x: Tensor) -> torch.dtype:
 
 
 def _unpack(packed: Tensor, block: int) -> Tensor:
-    """Codes 0 to 15 as uint8 (in, out) from what the int4 kernel packed, uint8 (out, in / 2).
+    """Codes as int8 (in, out) from what the int4 kernel packed, uint8 (out, in / 2).
 
     The kernel takes blocks of rows. In a block each input has its bytes together; a byte has row j and row
     j + block / 2. In the rest, where the rows do not fill a block, a byte has two neighbours.
@@ -327,10 +328,10 @@ def _unpack(packed: Tensor, block: int) -> Tensor:
     )  # (in, blocks, block / 2)
     codes = torch.cat((bytes_ & 15, bytes_ >> 4), -1).view(inputs, full)
     if full == rows:
-        return codes
+        return codes.view(torch.int8).sub_(8)
     bytes_ = packed[full:].reshape(inputs, (rows - full) // 2)
     rest = torch.stack((bytes_ & 15, bytes_ >> 4), -1).view(inputs, rows - full)
-    return torch.cat((codes, rest), 1)
+    return torch.cat((codes, rest), 1).view(torch.int8).sub_(8)
 
 
 def _block(packed: Tensor, codes: Tensor) -> int:
@@ -340,7 +341,7 @@ def _block(packed: Tensor, codes: Tensor) -> int:
         NotImplementedError: none does.
     """
     for block in (64, 32, 16):
-        if torch.equal(_unpack(packed, block).T, (codes + 8).view(torch.uint8)):
+        if torch.equal(_unpack(packed, block).T, codes):
             return block
     raise NotImplementedError("torch packs the codes in an order that is not known here")
 

@@ -10,8 +10,9 @@ Perplexity on the first tokens of WikiText-2's validation text (../shared/data),
 plays: another source, so that no method gains by knowing the text. SmolLM2 as it comes lies on a grid of 4
 bits in groups of 32; groups of 64 make that grid useless, and widths of 3 and 4 bits mean something.
 
-Every row is a `luthier run` of its own, which saves the model, loads it again in a fresh process and compares:
-what is finished is not run again. Peak memory is the compress stage's, without the process of that proof.
+Every row is a `luthier run` of its own, which saves the model, loads it again in a fresh process and
+compares: what is finished is not run again. Peak memory is the compress stage's, without the process of that
+proof.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 
 from tuning import DATA, run
 
-CHARACTERS = 60_000
+CHARACTERS = 24_000
 CALIBRATION = {"data": f"{DATA}/tinyshakespeare.txt", "samples": 64, "max_length": 256}
 Row = tuple[str, list[dict[str, Any]]]
 

@@ -134,15 +134,20 @@ def dequantize(model: nn.Module) -> nn.Module:
     What is lost: the rounding of activations, which plain layers do not do.
     """
     for name, layer in quantized_layers(model).items():
-        weight = layer.weight
-        with torch.device("meta"):
-            plain: Any = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-            if layer.transposed:
-                plain, weight = Conv1D(layer.out_features, layer.in_features), weight.T.contiguous()
-        plain.weight = nn.Parameter(weight, requires_grad=False)
-        plain.bias = layer.bias
-        model.set_submodule(name, plain.train(layer.training))
+        model.set_submodule(name, plain_layer(layer))
     return model
+
+
+def plain_layer(layer: QuantizedLinear) -> nn.Module:
+    """The `nn.Linear` or `Conv1D` with the weight that a quantised layer stands for."""
+    weight = layer.weight
+    with torch.device("meta"):
+        plain: Any = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        if layer.transposed:
+            plain, weight = Conv1D(layer.out_features, layer.in_features), weight.T.contiguous()
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    plain.bias = layer.bias
+    return plain.train(layer.training)
 
 
 def require_plain(name: str, layer: nn.Module) -> None:

@@ -14,8 +14,6 @@ weights of outlying features are those of the codes, for the weights before are 
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -136,28 +134,13 @@ def to_bitsandbytes(model: PreTrainedModel) -> PreTrainedModel:
     from transformers.quantizers.auto import AutoHfQuantizer
 
     config = BitsAndBytesConfig(**_config(model))
-    _swap(model, {name: _theirs(layer) for name, layer in found(model).items()})
+    for name, layer in found(model).items():
+        model.set_submodule(name, of_bitsandbytes(layer))
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     model.is_quantized, model.is_loaded_in_8bit = True, True
     model.quantization_method = config.quant_method
     return model
-
-
-@contextmanager
-def as_saved(model: nn.Module) -> Iterator[None]:
-    """Inside, a model computes what its saved folder will: bitsandbytes rounds inputs to float16 first."""
-    layers = found(model)
-    _swap(model, {name: _theirs(layer) for name, layer in layers.items()})
-    try:
-        yield
-    finally:
-        _swap(model, layers)
-
-
-def _swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
@@ -182,7 +165,12 @@ def _largest(layer: OutlierLinear) -> Tensor:
     return layer.scale.float().flatten() * HIGH
 
 
-def _theirs(layer: OutlierLinear) -> nn.Module:
+def of_bitsandbytes(layer: OutlierLinear) -> nn.Module:
+    """The layer as bitsandbytes has it, on the same codes. It rounds inputs to float16 first.
+
+    Raises:
+        ModelError: bitsandbytes is not installed.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("bitsandbytes is not installed.", fix="Install it: pip install 'luthier[bnb]'.")
     import bitsandbytes

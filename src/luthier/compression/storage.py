@@ -15,6 +15,8 @@ than a product with codes; both only where no inputs are rounded.
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from luthier.compression import outliers
 from luthier.compression.grid import Grid, Scheme
-from luthier.compression.linear import QuantizedLinear, quantized_layers
+from luthier.compression.linear import QuantizedLinear, plain_layer, quantized_layers
 from luthier.errors import ModelError
 
 log = logging.getLogger("luthier.models")
@@ -75,6 +77,20 @@ def save(model: nn.Module, folder: Path) -> None:
         config = json.loads(file.read_text(encoding="utf-8"))
         config["quantization_config"] = _config(model, {n: m for n, m in layers.items() if n not in odd})
         file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def as_saved(model: nn.Module) -> Iterator[None]:
+    """Inside, layers of a kind of their own compute as those do that are loaded from the saved folder."""
+    layers = {name: layer for name, layer in quantized_layers(model).items() if layer.OWN}
+    for name, layer in layers.items():
+        outlying = isinstance(layer, outliers.OutlierLinear)
+        model.set_submodule(name, outliers.of_bitsandbytes(layer) if outlying else plain_layer(layer))
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
 
 
 def _state(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict[str, Tensor]:

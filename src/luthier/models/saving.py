@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 import luthier
 from luthier import checks, files
-from luthier.compression import outliers, storage
+from luthier.compression import storage
 from luthier.errors import ModelError
 from luthier.models import per_layer, quantized, sources, structure, tokens, vocabulary
 from luthier.resources import explain
@@ -184,7 +184,7 @@ def prove_reload(
     """
     generates = bool(request["new_tokens"])
     found, metadata = _in_fresh_process(request, inputs)
-    with outliers.as_saved(model), evaluating(model):
+    with storage.as_saved(model), evaluating(model):
         logits = model(**inputs).logits.float().cpu()
         inputs.pop("decoder_input_ids", None)
         length = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}

@@ -1,4 +1,4 @@
-"""LLM.int8(): int8 by row and token where inputs are small, floating point where not; as bitsandbytes has it."""
+"""LLM.int8(): int8 by row and token where inputs are small, floating point elsewhere, as in bitsandbytes."""
 
 import copy
 import json
@@ -16,7 +16,8 @@ from luthier import method
 from luthier.compression import outliers
 from luthier.compression.compress import compress
 from luthier.compression.linear import dequantize, matrix, quantized_layers
-from luthier.compression.outliers import OutlierLinear, as_saved, found, round_inliers, row_grid
+from luthier.compression.outliers import OutlierLinear, found, round_inliers, row_grid
+from luthier.compression.storage import as_saved
 from luthier.errors import ModelError
 from luthier.models.saving import save, verify_export
 

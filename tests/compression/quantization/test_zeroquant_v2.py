@@ -17,6 +17,7 @@ from luthier.compression.compensated import CompensatedLinear, low_rank, separat
 from luthier.compression.compress import compress
 from luthier.compression.grid import fit
 from luthier.compression.linear import dequantize, matrix, quantized_layers
+from luthier.compression.storage import as_saved
 from luthier.errors import DataError, MethodError
 from luthier.models import gguf_blocks
 from luthier.models.saving import save
@@ -187,6 +188,19 @@ def test_dequantised_and_saved_it_is_the_plain_weight_that_it_stood_for(tmp_path
     assert type(again.model.layers[0].mlp.up_proj) is nn.Linear
     assert torch.allclose(logits(again), wanted, atol=1e-5)
     assert torch.allclose(logits(dequantize(copy.deepcopy(model))), wanted, atol=1e-5)
+
+
+def test_in_half_precision_the_folder_is_held_against_what_it_holds(tmp_path):
+    plain = save(tiny.llama(), tmp_path / "plain", tiny.tokenizer())
+    model, _ = luthier.load(plain, dtype="bfloat16", device="cpu")
+    compress(model, lorc(rank=16))
+    folder = save(model, tmp_path / "model", tiny.tokenizer())
+    again, _ = luthier.load(folder, device="cpu")
+    with as_saved(model):
+        assert torch.equal(logits(again), logits(model))
+    assert not torch.equal(logits(again), logits(model))  # two skinny products round otherwise
+    assert all(isinstance(layer, CompensatedLinear) for layer in quantized_layers(model).values())
+    assert len(quantized_layers(model)) == 14
 
 
 def test_files_of_codes_alone_are_not_written_without_the_low_rank():

@@ -1,4 +1,4 @@
-"""Who can take over a factor or an order: found by structure, refused where the block would not stay the same."""
+"""Who can take over a factor or an order: found by structure, refused where the block would change."""
 
 import pytest
 import small_blocks as blocks

@@ -280,9 +280,7 @@ class _Probe:
 
             return hook
 
-        owners = {
-            n: m for n, m in self.module.named_modules() if n and any(True for _ in m.parameters(False))
-        }
+        owners = {n: m for n, m in self.module.named_modules() if n and (_is_linear(m) or _own(m))}
         handles = [m.register_forward_pre_hook(before(n), with_kwargs=True) for n, m in owners.items()]
         handles += [m.register_forward_hook(after(n)) for n, m in owners.items()]
         try:
@@ -299,7 +297,8 @@ class _Probe:
     def readers(self, key: _Key) -> tuple[str, ...]:
         """All modules that multiply the tensor by a weight."""
         names = dict.fromkeys(self._read[key])
-        return tuple(n for n in names if _reading(self.module.get_submodule(n), key[1]))
+        modules = {name: self.module.get_submodule(name) for name in names}
+        return tuple(n for n, m in modules.items() if _is_linear(m) or _reading(m, key[1]))
 
     def untouchable(self, names: Sequence[str]) -> str:
         """The first module whose weights cannot be changed: quantised, or used outside the block. Or ""."""
@@ -417,9 +416,14 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    return list(module.parameters(recurse=False))
+
+
 def _is_norm(module: nn.Module, features: int) -> bool:
     """Whether all its parameters are one number for each feature."""
-    return all(p.shape == (features,) for p in module.parameters(recurse=False))
+    own = _own(module)
+    return bool(own) and not _is_linear(module) and all(p.shape == (features,) for p in own)
 
 
 def _reading(module: nn.Module, features: int) -> list[nn.Parameter]:
@@ -427,8 +431,7 @@ def _reading(module: nn.Module, features: int) -> list[nn.Parameter]:
     if _is_linear(module):
         weight: Any = module.weight
         return [weight] if isinstance(weight, nn.Parameter) and dimensions(module)[1] == features else []
-    own = module.parameters(recurse=False)
-    return [p for p in own if p.dim() > 1 and p.shape[-1] == features]
+    return [p for p in _own(module) if p.dim() > 1 and p.shape[-1] == features]
 
 
 def _along(module: nn.Module, factors: Tensor) -> Tensor:
@@ -448,7 +451,5 @@ def _shared_outside(block: Block) -> set[str]:
     every = block.model.named_parameters(remove_duplicate=False)
     outside = {id(p) for name, p in every if not name.startswith(prefix)}
     return {
-        name
-        for name, module in block.module.named_modules()
-        if any(id(p) in outside for p in module.parameters(recurse=False))
+        name for name, module in block.module.named_modules() if any(id(p) in outside for p in _own(module))
     }

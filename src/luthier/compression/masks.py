@@ -40,15 +40,26 @@ def lowest(scores: Tensor, sparsity: float, scope: str = "layer") -> Tensor:
     """
     flat = scores.reshape(1, -1) if scope == "layer" else scores
     count = int(sparsity * flat.shape[1] + 1e-9)
-    mask = torch.zeros_like(flat, dtype=torch.bool)
-    if count:
-        mask.scatter_(1, flat.argsort(dim=1, stable=True)[:, :count], True)
+    if not count:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    # Selecting is several times faster than sorting.
+    limit = flat.kthvalue(count, dim=1, keepdim=True).values
+    mask, equal = flat < limit, flat == limit
+    missing = count - mask.sum(1, keepdim=True)
+    mask |= equal & (equal.cumsum(1) <= missing)
     return mask.reshape(scores.shape)
 
 
 def in_groups(scores: Tensor, zeros: int, group: int) -> Tensor:
-    """Mask of the `zeros` lowest scores of each `group` neighbours of a row."""
-    return lowest(scores.reshape(-1, group), zeros / group, "row").reshape(scores.shape)
+    """Mask of the `zeros` lowest scores of each `group` neighbours of a row; of equal ones the first."""
+    columns = scores.reshape(-1, group).T.contiguous()  # (group, all groups)
+    lower = torch.zeros(columns.shape, dtype=torch.int16, device=scores.device)
+    for i in range(group):
+        for j in range(i + 1, group):
+            later = columns[j] < columns[i]
+            lower[i] += later
+            lower[j] += ~later
+    return (lower < zeros).T.reshape(scores.shape)
 
 
 def require_divides(columns: int, group: int, name: str) -> None:

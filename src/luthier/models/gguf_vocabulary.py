@@ -115,7 +115,9 @@ def _step(step: dict[str, Any]) -> tuple[Any, ...]:
 def _core(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The tokenizer as its `tokenizer.json`, if it is of the kind that can be written."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    core = json.loads(backend.to_str()) if hasattr(backend, "to_str") else {"model": {"type": "unknown"}}
+    core: dict[str, Any] = (
+        json.loads(backend.to_str()) if hasattr(backend, "to_str") else {"model": {"type": "unknown"}}
+    )
     kind, decoder = core["model"].get("type"), (core.get("decoder") or {}).get("type")
     if kind != "BPE" or decoder != "ByteLevel":
         raise ModelError(

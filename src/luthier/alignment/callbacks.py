@@ -42,7 +42,7 @@ class StepOneProof(TrainerCallback):
 
     def __init__(self, expected_memory: int | None = None):
         self.expected_memory = expected_memory
-        self._frozen: dict[str, int] = {}
+        self._frozen: dict[str, str] = {}
         self._seen: dict[str, float] = {}
         self._watches: list[Any] = []
         self._memory: PeakMemory | None = None

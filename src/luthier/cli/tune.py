@@ -63,9 +63,6 @@ def command(
     allowed = _parameters(budget)
     objective = objective or OBJECTIVE.get(load(data).type, "sft")
     spec = _model(model, objective)
-    why = ""
-    if method != AUTO and (candidates or laps):
-        raise RecipeError("--candidates and --laps are of a race.", fix="Write --method auto, or drop them.")
     if method == AUTO:
         racing: Any = {"budget": allowed, "objective": objective, "seed": seed}
         racing["methods"] = [n.strip() for n in candidates.split(",")] if candidates else METHODS
@@ -73,8 +70,10 @@ def command(
         found = race(spec, data, folder=output / f"{name}-race", **racing)
         _show(found, console)
         chosen, why = found.winner, found.why
+    elif candidates or laps:
+        raise RecipeError("--candidates and --laps are of a race.", fix="Write --method auto, or drop them.")
     else:
-        chosen = sized(spec, method, allowed, objective)
+        chosen, why = sized(spec, method, allowed, objective), ""
     file = output / f"{name}.yaml"
     write_recipe(file, _recipe(name, spec, seed, str(output), data, objective, chosen, steps, test), why)
     console.print(f"recipe  {file}")

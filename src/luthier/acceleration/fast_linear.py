@@ -83,7 +83,7 @@ class FastLinear(QuantizedLinear):
     def _belong(self, joint: "FastLinear | None") -> None:
         object.__setattr__(self, "joint", joint)
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn, recurse=True):
         self._belong(None)  # the tensors may become others, no longer views of the joint layer's
         return super()._apply(fn, recurse)
 
@@ -129,7 +129,7 @@ class Int4Linear(FastLinear):
         return f"{layer.out_features} outputs, not a multiple of 16" if layer.out_features % 16 else None
 
     @property
-    def codes(self) -> Tensor:  # type: ignore[override]
+    def codes(self) -> Tensor:
         """int8 (out, in), signed."""
         return _unpack(self.packed, self.block).T.contiguous()
 
@@ -155,11 +155,11 @@ class Int4Linear(FastLinear):
         self.packed = joint.packed[start : start + self.out_features]
         self._belong(joint)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}codes"] = self.codes
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         self.scale_shift = self.scale_shift.to(BF16)  # the kernel's, whatever the model is cast to
         return self
@@ -200,7 +200,7 @@ class Int8Linear(FastLinear):
         self.codes = joint.codes[start : start + self.out_features]
         self._belong(joint)
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         self.scale_row = self.scale_row.to(BF16)
         return self
@@ -283,7 +283,7 @@ def join(parts: list[FastLinear]) -> FastLinear | None:
         and (p.in_features, p.dtype, p.bias is None) == (first.in_features, first.dtype, first.bias is None)
         and p.out_features % p.multiple == 0
         and p.joint is None
-        and (p.input_scale is None or torch.equal(p.input_scale, first.input_scale))  # type: ignore[arg-type]
+        and (p.input_scale is None or torch.equal(p.input_scale, first.input_scale))
         for p in parts
     )
     if not same:

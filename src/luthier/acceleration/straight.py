@@ -169,7 +169,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _shape_fault(model: nn.Module) -> str | None:
     """Why a model is not of Llama's shape as far as its parts tell, or None."""
     whole: Any = structure.base(model)
-    trunk = getattr(whole, "model", None)
+    trunk: Any = getattr(whole, "model", None)
     if _parts(trunk) != {"embed_tokens", "layers", "norm", "rotary_emb"} or not hasattr(whole, "lm_head"):
         return "its trunk has other parts than Llama's"
     if model.training:

@@ -29,7 +29,7 @@ from luthier.compression.grid import Grid, activation_step
 from luthier.compression.linear import QuantizedLinear
 
 GROUPS = (256, 128, 64, 32)  # that the int4 kernel takes
-MANY_4, MANY_8 = 64, 16  # rows of input from which the weight is made: int4 and int8 (benchmarks/decode.py)
+MANY_4, MANY_8 = 64, 16  # rows of input at which both ways took as long (Zen 4, one thread)
 PART = 1 << 20  # numbers of the weight that are made at once: 2 MB, which the processor's cache holds
 BF16 = torch.bfloat16
 _int4_pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
@@ -235,7 +235,7 @@ class IntegerLinear(FastLinear):
         sums = torch._int_mm(codes, self.codes.T)  # int32 (rows, out)
         if self.zero is not None:
             sums -= codes.sum(1, dtype=torch.int32, keepdim=True) * self.zero.T
-        return (sums.float() * step.float()).mul_(self.scale.T).to(x.dtype)
+        return sums.float().mul_(step.float()).mul_(self.scale.T.float()).to(x.dtype)
 
     def adopt(self, joint: FastLinear, start: int) -> None:
         self.codes = joint.codes[start : start + self.out_features]

@@ -1,7 +1,7 @@
 """The forward pass of a Llama-shaped decoder, written straight: for decoding, where overheads count.
 
-At one token a layer of SmolLM2-135M is a dozen products of some 50 microseconds each; transformers' modules
-spend as long again around them. Here the same operations stand in one function:
+At one token a layer of SmolLM2-135M in 4 bits is seven products of 10 to 50 microseconds each; transformers'
+modules spend as long again around them. Here the same operations stand in one function:
 
 - keys and values go into tensors of full length, not into ever new ones;
 - the heads that share a key are rows of one query: torch's attention kernel copies keys for each head else;
@@ -33,7 +33,7 @@ PARTS = {
 PROBE = 6  # tokens
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 TOLERANCE_HALF = 0.05  # of logits relative to their norm
-_proven: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], str | None]] = WeakKeyDictionary()
+_proven: WeakKeyDictionary[nn.Module, tuple[Any, str | None]] = WeakKeyDictionary()  # parts, fault
 
 
 def straight(model: nn.Module) -> "Straight | str":
@@ -42,7 +42,7 @@ def straight(model: nn.Module) -> "Straight | str":
     if fault is not None:
         return fault
     made = Straight(model)
-    parts = tuple(id(m) for m in model.modules())
+    parts = tuple((type(m), id(m)) for m in model.modules())
     known = _proven.get(model)
     if known is None or known[0] != parts:
         known = _proven[model] = (parts, _number_fault(made, model))

@@ -1,4 +1,4 @@
-"""A digest sees every change of a tensor: of a bit, of the order, of all elements alike, of dtype and shape."""
+"""A digest sees every change of a tensor: a bit, the order, all elements alike, dtype and shape."""
 
 import pytest
 import torch

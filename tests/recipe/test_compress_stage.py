@@ -38,7 +38,7 @@ def place(tmp_path_factory):
 
 
 def compress(method: str, calibration: str = CALIBRATION) -> str:
-    return f"compress: {{method: {method}, {calibration}}}" if calibration else f"compress: {{method: {method}}}"
+    return "compress: {" + ", ".join(filter(None, [f"method: {method}", calibration])) + "}"
 
 
 def write(place: Path, *stages: str, name: str) -> Path:
@@ -79,7 +79,8 @@ def test_the_next_stage_sees_the_compressed_model_in_this_process_and_in_another
 
 
 def test_records_every_layer_and_the_means(place):
-    done = run(write(place, compress("[{name: sparsegpt, pattern: '2:4'}, {name: gptq, group_size: 16}]"), name="two"))
+    methods = "[{name: sparsegpt, pattern: '2:4'}, {name: gptq, group_size: 16}]"
+    done = run(write(place, compress(methods), name="two"))
     manifest = done.stages[0].manifest
     layers = manifest.details["layers"]
     assert len(layers) == 28

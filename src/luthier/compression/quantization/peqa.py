@@ -297,7 +297,7 @@ class ScaledLinear(DeltaLinear):
         if not names:
             return
         if not self.merged_adapters:
-            self._unmerged = base.scale
+            self._unmerged: Tensor = base.scale
         scale = base.scale.float() + sum(self.deltas[name].change(self._unmerged) for name in names)
         if safe and not torch.isfinite(scale).all():
             raise ValueError(f"the scales merged with {', '.join(names)} are not finite")

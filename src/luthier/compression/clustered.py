@@ -65,8 +65,9 @@ class ClusteredLinear(QuantizedLinear):
         **options: Any,
     ):
         super().__init__(codes, grid, bias, **options)
-        self.register_buffer("labels", labels)
-        self.register_buffer("input_zero", input_zero)
+        # Copies: layers of a group that shared memory could not be saved.
+        self.register_buffer("labels", labels.clone())
+        self.register_buffer("input_zero", input_zero.clone())
 
     @property
     def grid(self) -> ClusterGrid:

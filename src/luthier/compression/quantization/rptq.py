@@ -151,7 +151,7 @@ class Config(OneShot):
             layer,
             grid.quantize(swept.weight),
             replace(grid, scheme=replace(grid.scheme, activation_bits=inputs.bits)),
-            inputs.scale,
+            inputs.scale.clone(),
             kind=ClusteredLinear,
             labels=inputs.labels,
             input_zero=inputs.zero,

@@ -5,7 +5,7 @@ are chosen for a column of about 400 px, so that letters stay readable on a phon
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -187,6 +187,106 @@ def pareto(
     for m in sorted(marks, key=lambda m: not m.front):
         parts.append(_place_label(m, x(m.x), y(m.y), taken, (left, top, WIDTH - 2, height - bottom)))
     return _svg(height, title, parts)
+
+
+def heat_map(
+    cells: Mapping[tuple[str, int], float],
+    *,
+    title: str,
+    write: Callable[[float], str],
+    log: bool = False,
+) -> Markup:
+    """Values by kind (down) and number of block (across); stronger is more, framed in red is not finite.
+
+    Values stand in their cells where they have room, and in each cell's own title.
+    """
+    rows = list(dict.fromkeys(kind for kind, _ in cells))
+    blocks = range(min(block for _, block in cells), max(block for _, block in cells) + 1)
+    left, top, right, high = min(150.0, max(_LETTER * len(row) for row in rows) + 12), 4, 6, 19
+    width = min(44.0, (WIDTH - left - right) / len(blocks))
+    shade = _shading([v for v in cells.values() if math.isfinite(v)], log)
+    parts = []
+    for i, row in enumerate(rows):
+        at = top + high * i
+        parts.append(_text(left - 8, at + high / 2 + 3.5, _fit(row, left - 8), "end", "label"))
+        for k, block in enumerate(blocks):
+            value = cells.get((row, block))
+            hint = f"block {block}, {row}: {'left as it was' if value is None else write(value)}"
+            parts.append(_cell(left + width * k, at, width, high, value, shade, hint))
+            text = "" if value is None else write(value)
+            if text and _LETTER * len(text) + 2 <= width:
+                parts.append(_text(left + width * (k + 0.5), at + high / 2 + 3.5, text, "middle", "value"))
+    bottom = top + high * len(rows)
+    parts.append(_block_numbers(blocks, left, width, bottom))
+    parts.append(
+        _shade_legend([v for v in cells.values() if math.isfinite(v)], write, shade, left, bottom + 34)
+    )
+    return _svg(bottom + 50, title, parts)
+
+
+def _shading(values: Sequence[float], log: bool) -> Callable[[float], float]:
+    """From a value to its share of the way from the least (0) to the most (1)."""
+    usable = [v for v in values if v > 0] if log else list(values)
+    low, high = min(usable, default=0.0), max(usable, default=0.0)
+
+    def share(value: float) -> float:
+        if high <= low:
+            return 1.0 if value >= high else 0.0
+        value = min(max(value, low), high)
+        return math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
+
+    return share
+
+
+def _cell(
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    value: float | None,
+    shade: Callable[[float], float],
+    hint: str,
+) -> str:
+    gap = min(1.5, 0.15 * width)
+    if value is None:
+        look = 'class="cell empty"'
+    elif not math.isfinite(value):
+        look = 'class="cell bad"'
+    else:
+        look = f'class="cell" fill-opacity="{0.1 + 0.9 * shade(value):.2f}"'
+    place = f'x="{_r(x)}" y="{_r(y)}" width="{width - gap:.2f}" height="{_r(height - 1.5)}"'
+    return f"<rect {look} {place}><title>{escape(hint)}</title></rect>"
+
+
+def _block_numbers(blocks: range, left: float, width: float, bottom: float) -> str:
+    """Every number that has room, below its column."""
+    room = _LETTER * len(str(blocks[-1])) + 8
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, len(blocks)) if s * width >= room or s == len(blocks))
+    found = [
+        _text(left + width * (k + 0.5), bottom + 13, str(block), "middle")
+        for k, block in enumerate(blocks)
+        if block % step == 0
+    ]
+    return _text(left - 8, bottom + 13, "block", "end") + "".join(found)
+
+
+def _shade_legend(
+    values: list[float], write: Callable[[float], str], shade: Callable[[float], float], left: float, y: float
+) -> str:
+    """What a shade stands for: each value where they are few, else the least to the most in steps."""
+    known = {write(v): v for v in sorted(values)}
+    parts, x = [], left
+    if len(known) <= 6:
+        for text, value in known.items():
+            parts += [_cell(x, y, 15, 12, value, shade, text), _text(x + 18, y + 9.5, text, "start")]
+            x += 18 + _LETTER * len(text) + 12
+        return "".join(parts)
+    low, high = next(iter(known)), list(known)[-1]
+    parts.append(_text(x, y + 9.5, low, "start"))
+    x += _LETTER * len(low) + 6
+    for i in range(7):
+        parts.append(_cell(x + 15 * i, y, 16.5, 12, i / 6, lambda share: share, ""))
+    return "".join([*parts, _text(x + 15 * 7 + 6, y + 9.5, high, "start")])
 
 
 Box = tuple[float, float, float, float]

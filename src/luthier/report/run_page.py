@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from luthier import taxonomy
 from luthier.errors import MethodError
-from luthier.report import charts, notices, wording
+from luthier.report import charts, compression, notices, wording
 from luthier.report.predictions import Predictions, compare_predictions
 from luthier.report.read import Metric, Run, Stage
 
@@ -35,7 +35,8 @@ _QUANTITIES = (
 
 # Parts of a manifest's details that have a place of their own on the page.
 _DATA = {"data": "trained on", "eval_data": "held out"}
-_SHOWN_ELSEWHERE = {"placement", *_DATA}
+_DONE_WITH = {"evaluate": "evaluated", "compress": "calibrated on"}
+_SHOWN_ELSEWHERE = {"placement", "layers", "calibration_tokens", "bytes_before", *_DATA}
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def page(run: Run) -> dict[str, Any]:
         "checks": check_lines(run),
         "stages": [stage_view(run, i) for i in range(len(run.stages))],
         "accounts": accounts(run),
+        "compressions": compression.views(run),
         "curves": [(stage, stage_curves(stage)) for stage in run.of_kind("tune") if stage.history],
         "metrics": metrics_table(run),
         "predictions": example_pages(before, after),
@@ -88,15 +90,16 @@ def before_and_after(run: Run) -> tuple[Stage | None, Stage | None]:
     return (same[0] if len(same) > 1 else None), after
 
 
-def first_alone(run: Run, before: Stage | None, after: Stage | None) -> bool:
-    """Whether the only evaluation is the one before tuning, and the one after it has not ended."""
+def first_alone(run: Run, before: Stage | None, after: Stage | None) -> str:
+    """Before what the only evaluation is, where the one after it has not ended; else ''."""
     if before is not None or after is None:
-        return False
+        return ""
     later = run.stages[run.stages.index(after) + 1 :]
-    return any(stage.kind != "evaluate" for stage in later)
+    kind = next((stage.kind for stage in later if stage.kind != "evaluate"), "")
+    return {"tune": "tuning", "compress": "compression", "export": "the export"}.get(kind, kind)
 
 
-def headlines(before: Stage | None, after: Stage, first_only: bool = False) -> list[Headline]:
+def headlines(before: Stage | None, after: Stage, first_before: str = "") -> list[Headline]:
     former = before.metrics if before else {}
     asked = [name for name in after.metrics if name in (after.config.get("metrics") or [])]
     found = []
@@ -105,8 +108,8 @@ def headlines(before: Stage | None, after: Stage, first_only: bool = False) -> l
         old = former.get(name)
         meaning = wording.meaning(name)
         verdict, tone = _verdict(name, old, new)
-        if first_only:
-            verdict = "Measured before tuning; the evaluation after it has not ended."
+        if first_before:
+            verdict = f"Measured before {first_before}; the evaluation after it has not ended."
         rows = [("before", old.value, old.low, old.high, "second")] if old else []
         rows.append(("after" if old else "result", new.value, new.low, new.high, "main"))
         finite = all(math.isfinite(row[1]) for row in rows)
@@ -161,6 +164,8 @@ def summary(run: Run) -> str:
             objective = None if searched else _name(stage.config.get("objective"))
             text += f" ({objective})" if objective else ""
             steps.append(text + (f" on {_data(stage)}" if _data(stage) else ""))
+        elif stage.kind == "compress":
+            steps.append(f"compressed with {' and '.join(_methods(stage)) or 'a method'}")
         elif stage.kind == "evaluate":
             steps.append("evaluated")
         elif stage.kind == "export":
@@ -236,23 +241,26 @@ def _searches(method: str) -> bool:
 
 
 def stage_view(run: Run, i: int) -> dict[str, Any]:
-    """One stage: its method's title and paper, and its settings as (key, value)."""
+    """One stage: title and paper of its methods, and its settings as (key, value)."""
     stage = run.stages[i]
-    title, paper = "", ""
-    if stage.kind in ("tune", "compress"):
-        try:
-            method = taxonomy.find(_name(stage.config.get("method")) or "")
-            title, paper = method.title, method.paper
-        except MethodError:
-            title = _name(stage.config.get("method")) or ""
+    methods = _methods(stage) if stage.kind in ("tune", "compress") else []
     return {
         "stage": stage,
         "number": i + 1,
-        "title": title,
-        "paper": paper,
+        "methods": [_title_and_paper(name, stage.kind) for name in methods],
+        "size": compression.shrinking(run, stage) if stage.kind == "compress" else "",
         "settings": flat({k: v for k, v in stage.config.items() if k != "name"}),
         "details": flat({k: v for k, v in _details(stage).items() if k not in _SHOWN_ELSEWHERE}),
     }
+
+
+def _title_and_paper(name: str, kind: str) -> tuple[str, str]:
+    """Of a method that serves stages of a kind; one that is not known here has its name alone."""
+    try:
+        method = taxonomy.find(name, {"tune": "tuning", "compress": "compression"}[kind])
+    except MethodError:
+        return name, ""
+    return method.title, method.paper
 
 
 def accounts(run: Run) -> list[dict[str, Any]]:
@@ -263,18 +271,27 @@ def accounts(run: Run) -> list[dict[str, Any]]:
             record = _details(stage).get(name)
             if not isinstance(record, dict):
                 continue
-            title = "evaluated" if name == "data" and stage.kind == "evaluate" else title
-            same = next((a for a in found if a["record"] == record and a["title"] == title), None)
+            title = _DONE_WITH.get(stage.kind, title) if name == "data" else title
+            rows, spec = _account(record), stage.config
+            if stage.kind == "compress":
+                spec = stage.config.get("calibration") or {}
+                rows += _windows(spec, _details(stage).get("calibration_tokens"))
+            account = {"record": record, "title": title, "rows": rows}
+            same = next((a for a in found if a.items() >= account.items()), None)
             if same is not None:
                 same["stages"].append(stage.label)
                 continue
-            path = (stage.config.get(name) or {}).get("path", "")
+            path = (spec.get(name) or {}).get("path", "")
             faults = [fault for fault in record.get("faults") or [] if isinstance(fault, dict)]
-            found.append(
-                {"record": record, "title": title, "stages": [stage.label], "path": path, "faults": faults}
-                | {"rows": _account(record)}
-            )
+            found.append(account | {"stages": [stage.label], "path": path, "faults": faults})
     return found
+
+
+def _windows(calibration: dict[str, Any], tokens: Any) -> list[tuple[str, str]]:
+    """What a compress stage took of its data."""
+    most, length = calibration.get("samples"), calibration.get("max_length")
+    text = f"{tokens} tokens, in at most {most} windows of up to {length}"
+    return [("Calibration", text)] if tokens else []
 
 
 def _account(record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -320,7 +337,9 @@ def flat(record: Any, prefix: str = "") -> list[tuple[str, str]]:
         if value is None or value in ({}, [], ""):
             continue
         name = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(value, list):
+        if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+            value = dict(enumerate(value))  # as in overrides: method.0.bits
+        elif isinstance(value, list):
             value = ", ".join(map(wording.plain, value)) if not any(map(_nested, value)) else str(value)
         found.extend(flat(value, name))
     return found
@@ -484,7 +503,7 @@ def commands(run: Run) -> list[str]:
     pinned = [f"{name}=={number}" for name, number in versions(run).items() if number != "not installed"]
     lines = [f"pip install {' '.join(pinned)}"] if pinned else []
     lines.append(_command(run))
-    if any(stage.kind in ("tune", "export") and stage.status == "done" for stage in run.stages):
+    if any(stage.kind in ("tune", "compress", "export") and stage.status == "done" for stage in run.stages):
         lines.append(f"luthier chat {run.folder} --base")
     return lines
 
@@ -514,6 +533,12 @@ def _finite(points: list[charts.Point]) -> list[charts.Point]:
 
 def _nested(value: Any) -> bool:
     return isinstance(value, dict | list)
+
+
+def _methods(stage: Stage) -> list[str]:
+    """Names of the stage's methods; a compress stage has a list of them."""
+    spec = stage.config.get("method")
+    return [name for s in (spec if isinstance(spec, list) else [spec]) if (name := _name(s))]
 
 
 def _name(spec: Any) -> str | None:

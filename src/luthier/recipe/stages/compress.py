@@ -34,6 +34,7 @@ def run(stage: CompressStage, context: Context) -> StageResult:
         tokens = sum(int(batch["attention_mask"].sum()) for batch in given)
         details = {"data": data.report.as_dict(), "calibration_tokens": tokens}
         log.info("calibration: %d tokens of %s", tokens, data.spec.path)
+    details["bytes_before"] = _bytes(model)
     start = time.perf_counter()
     methods = [context.method(spec) for spec in stage.method]
     records = compress(model, methods, calibration=given, folder=context.work / "checkpoints")
@@ -46,6 +47,11 @@ def run(stage: CompressStage, context: Context) -> StageResult:
         total=sum(parameter.numel() for parameter in model.parameters()),
         left=(model, tokenizer, False),
     )
+
+
+def _bytes(model: Any) -> int:
+    """Of all that a model holds; what is tied counts once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
 
 
 def _metrics(records: list[Record]) -> dict[str, float]:

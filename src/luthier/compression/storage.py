@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier.compression import outliers
+from luthier.compression import clustered_storage, outliers
+from luthier.compression.clustered import ClusteredLinear
 from luthier.compression.grid import Grid, Scheme
 from luthier.compression.linear import QuantizedLinear, plain_layer, quantized_layers
 from luthier.errors import ModelError
@@ -60,6 +61,9 @@ def save(model: nn.Module, folder: Path) -> None:
     if outliers.found(model):
         outliers.save(model, folder)
         return
+    if clustered_storage.found(model):
+        clustered_storage.save(model, folder)
+        return
     layers = quantized_layers(model)
     odd = {name: layer for name, layer in layers.items() if not fits(layer)}
     for name, layer in odd.items():
@@ -82,7 +86,11 @@ def save(model: nn.Module, folder: Path) -> None:
 @contextmanager
 def as_saved(model: nn.Module) -> Iterator[None]:
     """Inside, layers of a kind of their own compute as those do that are loaded from the saved folder."""
-    layers = {name: layer for name, layer in quantized_layers(model).items() if layer.OWN}
+    layers = {
+        name: layer
+        for name, layer in quantized_layers(model).items()
+        if layer.OWN and not isinstance(layer, ClusteredLinear)
+    }
     for name, layer in layers.items():
         outlying = isinstance(layer, outliers.OutlierLinear)
         model.set_submodule(name, outliers.of_bitsandbytes(layer) if outlying else plain_layer(layer))
@@ -186,6 +194,8 @@ def restore(model: nn.Module) -> nn.Module:
     quantizer = getattr(model, "hf_quantizer", None)
     if type(quantizer).__name__ == "Bnb8BitHfQuantizer":
         return outliers.restore(model)
+    if isinstance(quantizer, clustered_storage.ClusteredQuantizer):
+        return clustered_storage.restore(model)
     if type(quantizer).__name__ != "CompressedTensorsHfQuantizer":
         return model
     packed = {n: m for n, m in model.named_modules() if getattr(m, "quantization_scheme", None) is not None}

@@ -4,8 +4,8 @@
 
 `luthier.models.saving.verify_export` starts it and compares. Nothing of luthier can be imported here: the
 folder must stand on its own. The exceptions are an adapter of a type that only `import luthier.tuning` makes
-PEFT know, and a model whose blocks differ in width (`import luthier.models.per_layer`), as a user of them
-must write too.
+PEFT know, a model whose blocks differ in width (`import luthier.models.per_layer`), and one with clustered
+layers (`import luthier.compression.clustered_storage`), as a user of them must write too.
 """
 
 import json
@@ -26,6 +26,10 @@ def load_model(request: dict[str, Any]) -> Any:
     if request["per_layer"]:
         del sys.modules["luthier"]
         import luthier.models.per_layer
+    if request["clustered"]:
+        if sys.modules["luthier"] is None:
+            del sys.modules["luthier"]
+        import luthier.compression.clustered_storage
     if request["quantization"] is not None:
         options["quantization_config"] = transformers.BitsAndBytesConfig(**request["quantization"])
         options["device_map"] = {"": request["device"]}

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 import luthier
 from luthier import checks, files
-from luthier.compression import storage
+from luthier.compression import clustered_storage, storage
 from luthier.errors import ModelError
 from luthier.models import per_layer, quantized, sources, structure, tokens, vocabulary
 from luthier.resources import explain
@@ -230,6 +230,7 @@ def reload_request(
         "adapter": str(folder) if adapter else None,
         "ours": adapter and registration.is_ours(PeftConfig._get_peft_type(str(folder))),
         "per_layer": by_layer,
+        "clustered": bool(clustered_storage.found(model)),
         "class": AUTO_CLASSES[structure.task(model)] if remote or by_layer else type(base).__name__,
         "options": options,
         "device": str(base.device),

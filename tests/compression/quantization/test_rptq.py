@@ -9,8 +9,8 @@ import tiny
 import torch
 from torch import nn
 
+import luthier
 from luthier import method
-from luthier.compression import storage
 from luthier.compression.calibration import calibrate
 from luthier.compression.clustered import (
     ClusteredLinear,
@@ -28,6 +28,7 @@ from luthier.compression.grid import Scheme, fit
 from luthier.compression.linear import matrix, quantize_layer, quantized_layers
 from luthier.compression.statistics import Hessian
 from luthier.errors import MethodError, ModelError
+from luthier.models.saving import save, verify_export
 
 
 def rptq(**options):
@@ -323,11 +324,32 @@ def test_a_pass_that_was_killed_goes_on(tmp_path):
         assert torch.equal(new, old)
 
 
-def test_saving_is_refused(tmp_path):
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_a_saved_model_computes_the_same_to_the_bit(kind, tmp_path, tiny_tokenizer):
+    model = blocks.KINDS[kind]()
+    compress(model, rptq(), calibration=small.batches())
+    folder = save(model, tmp_path / "model", tiny_tokenizer)
+    task = "classification" if kind == "bert" else "causal"
+    again, _ = luthier.load(str(folder), task=task, dtype="float32")
+    assert quantized_layers(again).keys() == quantized_layers(model).keys()
+    for new, old in zip(blocks.logits(again), blocks.logits(model), strict=True):
+        assert torch.equal(new, old)
+    twice = save(again, tmp_path / "twice", tiny_tokenizer)
+    assert (twice / "config.json").read_text() == (folder / "config.json").read_text()
+
+
+def test_a_saved_model_reloads_in_a_fresh_process(tmp_path, tiny_tokenizer):
     model = tiny.llama()
     compress(model, rptq(), calibration=small.batches())
-    with pytest.raises(ModelError, match="ClusteredLinear"):
-        storage.save(model, tmp_path)
+    verify_export(save(model, tmp_path / "model", tiny_tokenizer), model, tiny_tokenizer)
+
+
+def test_layers_of_other_kinds_are_not_saved_beside_them(tmp_path):
+    model = tiny.llama()
+    compress(model, rptq(targets=["down_proj"]), calibration=small.batches())
+    compress(model, method("rtn")(targets=["up_proj"], group_size=16))
+    with pytest.raises(ModelError, match="no single format holds"):
+        save(model, tmp_path / "model")
 
 
 def test_gradients_reach_what_is_below():

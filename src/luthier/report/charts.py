@@ -198,13 +198,14 @@ def heat_map(
 ) -> Markup:
     """Values by kind (down) and number of block (across); stronger is more, framed in red is not finite.
 
-    Values stand in their cells where they have room, and in each cell's own title.
+    Values stand in their cells where all have room, and in each cell's own title.
     """
     rows = list(dict.fromkeys(kind for kind, _ in cells))
     blocks = range(min(block for _, block in cells), max(block for _, block in cells) + 1)
     left, top, right, high = min(150.0, max(_LETTER * len(row) for row in rows) + 12), 4, 6, 19
     width = min(44.0, (WIDTH - left - right) / len(blocks))
-    shade = _shading([v for v in cells.values() if math.isfinite(v)], log)
+    finite = [v for v in cells.values() if math.isfinite(v)]
+    shade, longest = _shading(finite, log), max(len(write(v)) for v in cells.values())
     parts = []
     for i, row in enumerate(rows):
         at = top + high * i
@@ -213,27 +214,35 @@ def heat_map(
             value = cells.get((row, block))
             hint = f"block {block}, {row}: {'left as it was' if value is None else write(value)}"
             parts.append(_cell(left + width * k, at, width, high, value, shade, hint))
-            text = "" if value is None else write(value)
-            if text and _LETTER * len(text) + 2 <= width:
-                parts.append(_text(left + width * (k + 0.5), at + high / 2 + 3.5, text, "middle", "value"))
+            if value is not None and 0.92 * _LETTER * longest + 2 <= width:
+                parts.append(
+                    _text(left + width * (k + 0.5), at + high / 2 + 3.5, write(value), "middle", "value")
+                )
     bottom = top + high * len(rows)
     parts.append(_block_numbers(blocks, left, width, bottom))
-    parts.append(
-        _shade_legend([v for v in cells.values() if math.isfinite(v)], write, shade, left, bottom + 34)
-    )
+    parts.append(_shade_legend(finite, write, shade, left, bottom + 34))
     return _svg(bottom + 50, title, parts)
 
 
 def _shading(values: Sequence[float], log: bool) -> Callable[[float], float]:
-    """From a value to its share of the way from the least (0) to the most (1)."""
-    usable = [v for v in values if v > 0] if log else list(values)
-    low, high = min(usable, default=0.0), max(usable, default=0.0)
+    """From a value to its share of the way from the least (0) to the most (1).
+
+    Args:
+        log: in ratios, where values lie far apart; 0 then is a step below the least of the others.
+    """
+    positive = [v for v in values if v > 0]
+    log = log and max(positive, default=1.0) > 12 * min(positive, default=1.0)
+    low, high = (
+        (min(values, default=0.0), max(values, default=0.0)) if not log else (min(positive), max(positive))
+    )
+    start = 0.12 if log and min(values) <= 0 else 0.0
 
     def share(value: float) -> float:
         if high <= low:
-            return 1.0 if value >= high else 0.0
-        value = min(max(value, low), high)
-        return math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
+            return 1.0
+        if log:
+            return start + (1 - start) * math.log(value / low) / math.log(high / low) if value > 0 else 0.0
+        return (value - low) / (high - low)
 
     return share
 

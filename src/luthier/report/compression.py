@@ -15,6 +15,7 @@ from luthier.report import charts, wording
 from luthier.report.read import Run, Stage
 
 _BLOCK = re.compile(r"(?:(?P<stack>.+?)\.)?(?P<block>\d+)\.(?P<kind>.+)")
+_PLAIN = "Error of plain rounding or masking"
 _OPEN = 64  # a table of so many parts is shown at once
 
 
@@ -116,7 +117,7 @@ def _facts(run: Run, stage: Stage, layers: list[Layer]) -> list[tuple[str, str]]
     before, after = sizes(run, stage)
     size = shrinking(run, stage)
     if before and after:
-        size += f", {after / before:.0%} of it"
+        size += f", {after / before:.0%} of what they took"
     found = [
         ("Size of the weights", size),
         ("Bits of a weight", _spread([v.bits for v in layers], _bits)),
@@ -125,8 +126,11 @@ def _facts(run: Run, stage: Stage, layers: list[Layer]) -> list[tuple[str, str]]
     measured = [v for v in layers if v.error is not None and math.isfinite(v.error)]
     if measured:
         worst = max(measured, key=lambda v: v.error or 0.0)
-        mean = statistics.fmean(v.error or 0.0 for v in measured)
-        text = f"{_error(mean)} in the mean; the largest, {_error(worst.error or 0.0)}, in {worst.name}"
+        turns = range(max(len(v.after) for v in measured))
+        means = [statistics.fmean(v.after[i] for v in measured if len(v.after) > i) for i in turns]
+        of = " of the last method" if len(means) > 1 else ""
+        text = f"{', then '.join(map(_error, means))} in the mean; the largest{of}, "
+        text += f"{_error(worst.error or 0.0)}, in {worst.name}"
         found.append((_error_of(stage, layers).title, text))
     return [(title, text) for title, text in found if text]
 
@@ -149,18 +153,13 @@ def _columns(layers: list[Layer]) -> list[Column]:
     found = [
         Column("Bits", lambda v: _or_empty(v.bits), lambda v: _or_dash(v.bits, _bits)),
         Column("Sparsity", lambda v: _or_empty(v.sparsity), lambda v: _or_dash(v.sparsity, wording.percent)),
-        Column(
-            "Error by plain rounding", lambda v: v.before[-1] if v.before else "", lambda v: _errors(v.before)
-        ),
+        Column(_PLAIN, lambda v: v.before[-1] if v.before else "", lambda v: _errors(v.before)),
         Column(after, lambda v: _or_empty(v.error), lambda v: _errors(v.after)),
-        Column(
-            "Time", lambda v: v.seconds or "", lambda v: wording.duration(v.seconds) if v.seconds else "–"
-        ),
+        Column("Time", lambda v: v.seconds, lambda v: wording.duration(v.seconds)),
         Column("Remark", lambda v: v.remark, lambda v: v.remark, number=False),
     ]
-    idle = (
-        set() if any(v.before != v.after and any(v.before) for v in layers) else {"Error by plain rounding"}
-    )
+    idle = set() if any(v.before != v.after and any(v.before) for v in layers) else {_PLAIN}
+    idle |= set() if any(v.seconds >= 0.05 for v in layers) else {"Time"}
     return [c for c in found if c.title not in idle and any(c.key(v) != "" for v in layers)]
 
 
@@ -194,7 +193,7 @@ def _error_of(stage: Stage, layers: list[Layer]) -> wording.Meaning:
 
 def _maps(layers: list[Layer], error: wording.Meaning) -> list[dict[str, Any]]:
     """Maps of what differs between the layers; what is the same everywhere is said in the facts."""
-    bits = wording.Meaning("Bits of a weight", "More where rounding would cost more.")
+    bits = wording.Meaning("Bits of a weight", "In how many bits the layer holds a weight.")
     sparsity = wording.Meaning("Sparsity", "Share of weights that are zero, or of units that were taken out.")
     found = [
         _map(layers, bits, lambda v: v.bits, _bits),
@@ -225,11 +224,12 @@ def _map(
     cells = {(names[kind], block): statistics.fmean(v) for (kind, block), v in gathered.items()}
     if len({write(v) for v in cells.values()}) < 2:
         return None
-    most = max(cells, key=lambda place: cells[place])
-    title = (
-        f"{meaning.title} by block and kind of layer, {write(min(cells.values()))} to {write(cells[most])}; "
-        f"the most in block {most[1]}, {most[0]}"
-    )
+    title = f"{meaning.title} by block and kind of layer"
+    finite = {place: v for place, v in cells.items() if math.isfinite(v)}
+    if finite:
+        most = max(finite, key=lambda place: finite[place])
+        title += f", {write(min(finite.values()))} to {write(finite[most])}"
+        title += f", the most in block {most[1]}, {most[0]}"
     svg = charts.heat_map(cells, title=title, write=write, log=log)
     return {"title": meaning.title, "sentence": meaning.sentence, "svg": svg}
 

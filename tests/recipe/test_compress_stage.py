@@ -88,6 +88,7 @@ def test_records_every_layer_and_the_means(place):
     assert manifest.metrics["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert manifest.metrics["bits"] == 4
     assert manifest.details["calibration_tokens"] == 4 * 32
+    assert manifest.details["bytes_before"] == sum(p.nbytes for p in tiny.llama().parameters())
 
 
 def test_a_pruned_model_keeps_its_zeros_on_disk(place):

@@ -41,6 +41,7 @@ class Row:
         peak_memory_bytes: the most that the process held while tuning; without tuning, in any stage.
         seconds: wall time of all stages, also of those that were shared. tune_seconds: of tuning alone.
         artefact_bytes: size of the model or adapter that came out.
+        bits, sparsity: what the compress stages made of the model, means over the layers.
     """
 
     settings: dict[str, Any]
@@ -55,6 +56,8 @@ class Row:
     seconds: float | None = None
     tune_seconds: float | None = None
     artefact_bytes: int | None = None
+    bits: float | None = None
+    sparsity: float | None = None
     passed: bool | None = None
 
     def take(self, result: Run) -> None:
@@ -67,8 +70,13 @@ class Row:
         self.total = (tuned or made)[-1].manifest.total if tuned or made else None
         self.peak_memory_bytes = max(s.manifest.peak_memory_bytes for s in tuned or result.stages)
         self.seconds = sum(s.manifest.seconds for s in result.stages)
-        self.tune_seconds = sum(s.manifest.seconds for s in tuned)
+        self.tune_seconds = sum(s.manifest.seconds for s in tuned) if tuned else None
         self.artefact_bytes = made[-1].manifest.artefact_bytes if made else None
+        compressed = [s.manifest.metrics for s in result.stages if s.kind == "compress"]
+        self.bits, self.sparsity = (
+            next((found[name] for found in reversed(compressed) if name in found), None)
+            for name in ("bits", "sparsity")
+        )
 
 
 @dataclass

@@ -43,7 +43,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Cost:
-    """A column that is better when smaller. `drawn` ones get a Pareto plot and count in the findings."""
+    """A column beside quality. `drawn` ones are better when smaller: they get a plot and count in findings."""
 
     key: str
     title: str
@@ -67,7 +67,7 @@ COSTS = (
     Cost(
         "peak_memory_bytes",
         "Peak memory",
-        "The most that the process held while tuning; the machine must have it.",
+        "The most that the process held while tuning, or in any stage; the machine must have it.",
         wording.size,
         "needs the least memory",
     ),
@@ -79,6 +79,13 @@ COSTS = (
         "What is stored and shipped.",
         wording.size,
         "is the smallest to store",
+    ),
+    Cost("bits", "Bits of a weight", "Mean over the layers that were rounded.", lambda v: f"{v:.3g}"),
+    Cost(
+        "sparsity",
+        "Sparsity",
+        "Share of weights that are zero, or of units that were taken out; mean over the layers.",
+        lambda v: f"{100 * (v or 0):.1f}%",
     ),
 )
 
@@ -104,13 +111,22 @@ def label_of(settings: dict[str, Any], keys: list[str]) -> str:
         value = settings[key]
         tail = key.rsplit(".", 1)[-1]
         if isinstance(value, dict):
-            inner = ", ".join(f"{k}={v}" for k, v in value.items() if k != "name")
-            parts.append(" ".join(filter(None, [str(value.get("name", "")), inner])))
+            parts.append(_spec(value))
+        elif isinstance(value, list) and tail == "method":  # in one pass, as a compress stage has them
+            parts.append(" + ".join(map(_spec, value)))
         else:
             parts.append(
                 str(value) if tail in ("method", "objective", "name", "model") else f"{tail}={value}"
             )
     return ", ".join(parts) or "as written"
+
+
+def _spec(value: Any) -> str:
+    """A method with its options: 'lora r=8'."""
+    if not isinstance(value, dict):
+        return str(value)
+    inner = ", ".join(f"{k}={v}" for k, v in value.items() if k != "name")
+    return " ".join(filter(None, [str(value.get("name", "")), inner]))
 
 
 def metric_names(settings: list[Setting]) -> list[str]:

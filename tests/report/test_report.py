@@ -344,6 +344,7 @@ def test_text_has_the_contrast_that_wcag_asks_for(scheme):
     pairs = [(text, ground) for text in ("text", "muted", "accent", "second") for ground in grounds]
     pairs += [(text, ground) for text in ("good", "bad", "warn") for ground in ("raised", f"{text}-soft")]
     pairs += [("text", "bad-soft"), ("text", "warn-soft"), ("muted", "bad-soft"), ("accent", "accent-soft")]
+    pairs += [("text", "heat")]
     for text, ground in pairs:
         light, dark = sorted((luminance(colours[text]), luminance(colours[ground])), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, ground)

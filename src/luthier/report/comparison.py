@@ -43,7 +43,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Cost:
-    """A column beside quality. `drawn` ones are better when smaller: they get a plot and count in findings."""
+    """A column beside quality. `drawn` ones are better when smaller: plotted, and counted in findings."""
 
     key: str
     title: str

@@ -13,7 +13,7 @@ The weight's grid is symmetric and covers the largest magnitude of each group wi
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.pytorch_utils import Conv1D
 
 from luthier.alignment.reliable import Reliable
+from luthier.compression.cached import CachedLinear
 from luthier.compression.grid import Grid, Scheme, fit, round_activations, straight_through
 from luthier.compression.linear import QuantizedLinear, matrix
 from luthier.errors import MethodError
@@ -70,24 +71,6 @@ class _Clipped(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (inside,) = ctx.saved_tensors
         return grads[0] * inside, None, None
-
-
-class CachedLinear(QuantizedLinear):
-    """A quantised layer that makes keys or values, and rounds them: `output_bits`, one scale a token."""
-
-    OWN: ClassVar[tuple[str, ...]] = ("output_bits",)
-
-    def __init__(
-        self, codes: Tensor, grid: Grid, bias: Tensor | None = None, *, output_bits: int, **options: Any
-    ):
-        super().__init__(codes, grid, bias, **options)
-        self.output_bits = output_bits
-
-    def forward(self, input: Tensor) -> Tensor:
-        return round_activations(super().forward(input), self.output_bits, "token")
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, output_bits={self.output_bits}"
 
 
 class RoundingLinear(nn.Linear):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.compression import clustered_storage, outliers
+from luthier.compression.cached import CachedLinear
 from luthier.compression.clustered import ClusteredLinear
 from luthier.compression.grid import Grid, Scheme
 from luthier.compression.linear import QuantizedLinear, plain_layer, quantized_layers
@@ -32,12 +33,13 @@ from luthier.errors import ModelError
 log = logging.getLogger("luthier.models")
 
 VERSION = "0.18.0"  # the oldest that reads what is written here
+TOKENWISE = {"type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
 def fits(layer: QuantizedLinear) -> bool:
     """Whether compressed-tensors has a layout for a layer."""
     wide = not layer.scheme.symmetric and layer.scheme.bits == 8
-    return type(layer) is QuantizedLinear and not layer.transposed and not wide
+    return type(layer) in (QuantizedLinear, CachedLinear) and not layer.transposed and not wide
 
 
 def rounds_inputs(model: nn.Module) -> bool:
@@ -89,7 +91,7 @@ def as_saved(model: nn.Module) -> Iterator[None]:
     layers = {
         name: layer
         for name, layer in quantized_layers(model).items()
-        if layer.OWN and not isinstance(layer, ClusteredLinear)
+        if layer.OWN and not isinstance(layer, ClusteredLinear) and not fits(layer)
     }
     for name, layer in layers.items():
         outlying = isinstance(layer, outliers.OutlierLinear)
@@ -145,7 +147,7 @@ def _config(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict[str, A
     """What stands in config.json: a group of layers for each scheme, by their names."""
     by_scheme: dict[str, list[str]] = {}
     for name, layer in layers.items():
-        by_scheme.setdefault(json.dumps(_arguments(layer.scheme), sort_keys=True), []).append(name)
+        by_scheme.setdefault(json.dumps(_arguments(layer), sort_keys=True), []).append(name)
     groups = {}
     for index, (arguments, names) in enumerate(by_scheme.items()):
         groups[f"group_{index}"] = {"targets": names} | json.loads(arguments)
@@ -162,7 +164,8 @@ def _config(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict[str, A
     }
 
 
-def _arguments(scheme: Scheme) -> dict[str, Any]:
+def _arguments(layer: QuantizedLinear) -> dict[str, Any]:
+    scheme = layer.scheme
     weights = {
         "num_bits": container(scheme),
         "type": "int",
@@ -182,7 +185,8 @@ def _arguments(scheme: Scheme) -> dict[str, Any]:
             "dynamic": not static,
         }
     layout = "pack-quantized" if inputs is None else "int-quantized"
-    return {"weights": weights, "input_activations": inputs, "output_activations": None, "format": layout}
+    outputs = TOKENWISE | {"num_bits": layer.output_bits} if isinstance(layer, CachedLinear) else None
+    return {"weights": weights, "input_activations": inputs, "output_activations": outputs, "format": layout}
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -215,7 +219,11 @@ def _scheme(known: Any) -> Scheme | None:
     weights, inputs = known.weights, known.input_activations
     if weights is None or weights.type != "int" or weights.num_bits > 8:
         return None
-    if weights.strategy not in ("group", "channel") or known.output_activations is not None:
+    if weights.strategy not in ("group", "channel"):
+        return None
+    if (made := known.output_activations) is not None and any(
+        getattr(made, key) != value for key, value in TOKENWISE.items()
+    ):
         return None
     group = weights.group_size if weights.strategy == "group" else None
     if inputs is None:
@@ -244,10 +252,9 @@ def _layer(module: Any, scheme: Scheme | None, dtype: torch.dtype) -> QuantizedL
     grid = Grid(scheme, scale, zero.data.to(torch.int8))
     step = getattr(module, "input_scale", None) if scheme.activation_per == "static" else None
     bias = getattr(module, "bias", None)
-    return QuantizedLinear(
-        codes.to(torch.int8),
-        grid,
-        bias,
-        dtype=dtype,
-        input_scale=None if step is None else step.data.float().reshape(()),
-    )
+    options: dict[str, Any] = {"dtype": dtype}
+    options["input_scale"] = None if step is None else step.data.float().reshape(())
+    outputs = module.quantization_scheme.output_activations
+    if outputs is None:
+        return QuantizedLinear(codes.to(torch.int8), grid, bias, **options)
+    return CachedLinear(codes.to(torch.int8), grid, bias, output_bits=outputs.num_bits, **options)

@@ -124,7 +124,8 @@ class Config:
         _say(nearest, trained)
         return [Record(n, before[n], after[n], bits=self.bits, note=f"on {PROBED} tokens") for n in names]
 
-    def _train(self, model: nn.Module, teacher: nn.Module, rows: list[list[int]]) -> None:
+    def _train(self, model: Any, teacher: nn.Module, rows: list[list[int]]) -> None:
+        caches = model.config.use_cache
         with tempfile.TemporaryDirectory(prefix="luthier-qat-") as folder:
             given = {
                 "output_dir": folder,
@@ -137,14 +138,20 @@ class Config:
             }
             args = arguments(given | self.training, model)
             args.remove_unused_columns = False
-            Distilling(
+            trainer = Distilling(
                 model=model,
                 args=args,
                 train_dataset=[{"input_ids": row, "labels": row} for row in rows],
                 data_collator=PaddedCollator(),
                 teacher=teacher,
                 per_row=self.normalize_by == "sequence",
-            ).train()
+            )
+            try:
+                trainer.train()
+            finally:  # accelerate's autocast around the model's forward, and what the Trainer has set
+                trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+                model.config.use_cache = caches
+                model.zero_grad(set_to_none=True)
 
 
 def _given(batches: list[Batch]) -> list[list[int]]:

@@ -311,11 +311,6 @@ class Tuner(DeltaTuner):
 
     def make_layer(self, config: Config, base_layer: nn.Module, name: str) -> DeltaLayer:
         features(base_layer, name)
-        if isinstance(base_layer, QuantizedLinear) and base_layer.OWN:
-            raise MethodError(
-                f"{name} ({type(base_layer).__name__}) computes more than a product with its codes.",
-                fix="Stand peqa on codes of another method (rtn, gptq), or tune an adapter (lora).",
-            )
         if not isinstance(base_layer, QuantizedLinear):
             _require(name, base_layer, config.scheme)
             base_layer = round_layer(base_layer, config)

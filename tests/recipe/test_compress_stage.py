@@ -111,6 +111,15 @@ def test_a_tuned_model_is_compressed_after_its_merge(place):
     assert run(write(place, *stages, name="merged")).passed
 
 
+def test_methods_and_lists_of_them_are_compared_by_bits_and_sparsity(place):
+    path = write(place, compress("{name: rtn, group_size: 16}"), EVALUATE, name="several")
+    methods = ["wanda", ["wanda", {"name": "gptq", "group_size": 16}]]
+    rows = luthier.compare(path, vary={"compress.method": methods}).rows
+    assert [row.bits for row in rows] == [None, 4]
+    assert [row.sparsity for row in rows] == pytest.approx([0.5, 0.5], abs=0.02)
+    assert rows[0].tune_seconds is None
+
+
 def test_goes_on_after_a_kill_with_the_first_block_that_is_not_done(place, monkeypatch):
     from luthier.compression.quantization.gptq import Config
 

@@ -272,10 +272,11 @@ def _say_what_is_replaced(base: Recipe, vary: Mapping[str, Sequence[Any]]) -> No
     """A varied method replaces the recipe's, its options included: said, so that nobody compares unawares."""
     for stage in base.stages:
         for name in ("method", "objective"):
-            spec = getattr(stage, name, None)
+            found = getattr(stage, name, None)
+            specs = found if isinstance(found, list) else [] if found is None else [found]
             keys = [f"{stage.kind}.{name}", f"{stage.name}.{name}"]
             key = next((key for key in keys if key in vary), None)
-            if spec is not None and spec.options and key is not None:
+            for spec in (spec for spec in specs if spec.options and key is not None):
                 options = ", ".join(f"{option}: {value}" for option, value in spec.options.items())
                 log.info("%s replaces the recipe's %s with its options (%s)", key, spec.name, options)
 

@@ -22,8 +22,8 @@ cluster of each channel in place of a permutation; the numbers are the same. The
 and of probabilities with values stay in floating point (their clusters of q and k, and the 4-bit cache, are
 not built). Ranges are the extremes of all batches; the authors' moving average (`momentum: 0.99`) follows the
 first batch where there are few. Columns are settled in the order of falling inputs, and a group's ranges are
-seen when those before it are rounded already. No common file format holds such layers: a saved model is loaded
-with `luthier.load`, or by transformers after `import luthier.compression.clustered_storage`.
+seen when those before it are rounded already. No common file format holds such layers: a saved model loads
+with `luthier.load`, or with transformers after `import luthier.compression.clustered_storage`.
 """
 
 import time

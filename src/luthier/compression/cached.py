@@ -1,4 +1,4 @@
-"""A quantised layer that makes keys or values, and rounds them too, so that a cache can hold them in few bits.
+"""A quantised layer that makes keys or values, and rounds them too, for a cache that holds them in few bits.
 
     y = round(x_q W^T + b),    one step for each token, over all heads
 

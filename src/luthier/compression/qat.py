@@ -80,7 +80,7 @@ class RoundingLinear(nn.Linear):
         nn.Module.__init__(self)
         weight, bias = matrix(layer), layer.bias
         self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight)
+        self.weight = nn.Parameter(weight.contiguous())  # of a `Conv1D` it comes transposed
         self.bias = nn.Parameter(bias.detach().float()) if isinstance(bias, Tensor) else None
         self.rounding, self.output_bits = rounding, output_bits
         self.transposed = isinstance(layer, Conv1D)

@@ -34,7 +34,7 @@ import hashlib
 import re
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -80,13 +80,15 @@ class Config(DeltaConfig):
         None, "names of layers, a regular expression, or all-linear (all but the head), the default"
     )
 
+    needs_data: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.rounded = 0  # layers that were plain when the adapter was put on them
 
     @property
     def wants_data(self) -> bool:
-        return False
+        return self.needs_data
 
     @property
     def scheme(self) -> Scheme:
@@ -136,13 +138,15 @@ def _targets(model: nn.Module, wanted: list[str] | str | None) -> list[str]:
         return list(linears)
     if isinstance(wanted, str):
         names = [name for name in linears if re.fullmatch(wanted, name)]
-        if not names:
-            raise MethodError(
-                f"target_modules '{wanted}' matches no linear layer.", fix="Write target_modules: all-linear."
-            )
-        return names
-    meant = {name for names in structure.match_targets(model, sorted(wanted)).values() for name in names}
-    return [name for name in linears if name in meant]
+    else:
+        meant = {name for names in structure.match_targets(model, sorted(wanted)).values() for name in names}
+        names = [name for name in linears if name in meant]
+    if not names:
+        raise MethodError(
+            f"target_modules {wanted} matches no linear layer below the head.",
+            fix="Write target_modules: all-linear.",
+        )
+    return names
 
 
 def _require(name: str, layer: nn.Module, scheme: Scheme) -> None:
@@ -315,9 +319,13 @@ class Tuner(DeltaTuner):
             _require(name, base_layer, config.scheme)
             base_layer = round_layer(base_layer, config)
             config.rounded += 1
-        return ScaledLinear(
-            base_layer, f"{self.prefix}delta", base_layer.out_features, base_layer.in_features
-        )
+        if type(base_layer) is not QuantizedLinear:
+            raise MethodError(
+                f"{name} ({type(base_layer).__name__}) computes more than a product with its codes.",
+                fix="Stand peqa on codes of another method (rtn, gptq), or tune an adapter (lora).",
+            )
+        out_features, in_features = base_layer.out_features, base_layer.in_features
+        return ScaledLinear(base_layer, f"{self.prefix}delta", out_features, in_features)
 
     def make_delta(self, config: Config, layer: DeltaLayer, name: str, adapter: str) -> Delta:
         base = layer.get_base_layer()

@@ -61,3 +61,42 @@ def test_samples_are_spread_over_all_tokens(cut, count):
 def test_of_no_tokens_there_is_nothing():
     assert not Hessian(4).value.any()
     assert not Moments(4).norm.any()
+
+
+class TestCap:
+    """A token of huge inputs counts no more than `cap` usual ones."""
+
+    @pytest.fixture
+    def inputs(self):
+        x = torch.randn(3000, 6, generator=torch.Generator().manual_seed(0))
+        x[0] *= 1000
+        return x
+
+    def capped(self, x, cut):
+        hessian = Hessian(6, cap=4.0)
+        for part in x.split(cut):
+            hessian.add(part)
+        return hessian.value
+
+    def test_equals_the_formula_however_inputs_are_cut(self, inputs):
+        square = inputs.square().sum(1)
+        weight = (4 * square[:2048].median() / square).clamp(max=1)
+        expected = 2 * (inputs * weight[:, None]).T @ inputs / len(inputs)
+        for cut in (1, 700, 3000):
+            assert torch.allclose(self.capped(inputs, cut), expected, rtol=1e-4, atol=1e-5)
+
+    def test_changes_nothing_where_no_token_is_unusual(self):
+        x = torch.nn.functional.normalize(
+            torch.randn(50, 6, generator=torch.Generator().manual_seed(1)), dim=1
+        )
+        plain = Hessian(6)
+        plain.add(x)
+        assert torch.allclose(self.capped(x, 20), plain.value, rtol=1e-5, atol=1e-7)
+
+    def test_the_huge_token_no_longer_decides(self, inputs):
+        plain = Hessian(6)
+        plain.add(inputs)
+        usual = Hessian(6)
+        usual.add(inputs[1:])
+        assert (plain.value - usual.value).norm() > 100 * usual.value.norm()
+        assert (self.capped(inputs, 500) - usual.value).norm() < 0.1 * usual.value.norm()

@@ -67,10 +67,16 @@ class LayerByLayer(OneShot):
     later layers see what earlier ones became (true-sequential).
     """
 
+    token_cap: float | None = option(
+        None,
+        "most that a token may count in the Hessian, in medians; null: no limit, as the papers have it",
+        gt=0,
+    )
+
     def change(self, block: Block) -> Iterator[Record]:
         for names in block.groups():
             layers = block.layers()
-            hessian = Hessian(dimensions(layers[names[0]])[1], block.device)
+            hessian = Hessian(dimensions(layers[names[0]])[1], block.device, self.token_cap)
             block.observe({names[0]: hessian})
             for name in names:
                 start = time.perf_counter()

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+FIRST = 2048  # tokens whose median says what is usual
+
 
 class Statistic(Protocol):
     """Something that sees inputs (tokens, features), padding left out."""
@@ -17,20 +19,49 @@ class Statistic(Protocol):
 
 
 class Hessian:
-    """H = (2 / tokens) sum x x^T, float32 (features, features): the curvature of the layer's error."""
+    """H = (2 / tokens) sum x x^T, float32 (features, features): the curvature of the layer's error.
 
-    def __init__(self, features: int, device: torch.device | str = "cpu"):
+    Args:
+        cap: the most that a token's |x|^2 may count, in medians over the first tokens seen; a larger x is
+            scaled down. In many models a text's first token has activations a hundred times those of all
+            others; in the layer that ends them that token would decide H alone.
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu", cap: float | None = None):
         self._sum = torch.zeros(features, features, device=device)
+        self._cap, self._most = cap, torch.inf
+        self._first: list[Tensor] = []
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
-        x = x.float()
-        self._sum.addmm_(x.T, x)
         self.tokens += len(x)
+        if self._cap is None or self._most < torch.inf:
+            self._count(x)
+            return
+        self._first.append(x.clone())  # the median does not depend on how inputs are cut
+        if self.tokens >= FIRST:
+            self._settle()
 
     @property
     def value(self) -> Tensor:
+        if self._first:
+            self._settle()
         return self._sum * (2 / max(1, self.tokens))
+
+    def _settle(self) -> None:
+        """Take the median of what was seen first, and count it."""
+        assert self._cap is not None
+        first = torch.cat(self._first)
+        self._most = self._cap * float(first[:FIRST].float().square().sum(1).median())
+        self._first.clear()
+        self._count(first)
+
+    def _count(self, x: Tensor) -> None:
+        x = x.float()
+        if self._most < torch.inf:
+            square = x.square().sum(1, keepdim=True)
+            x = x * (self._most / square.clamp_min(1e-30)).clamp(max=1).sqrt()
+        self._sum.addmm_(x.T, x)
 
 
 class Moments:

@@ -195,10 +195,15 @@ def round_layer(layer: nn.Module, config: Config) -> QuantizedLinear:
     return quantize_layer(layer, grid.quantize(weight), grid)
 
 
+def whole_numbers(codes: Tensor, zero: Tensor | None, scale: Tensor) -> Tensor:
+    """q - z of codes (out, in), float32, group by group as the scale has them: (*scale.shape, width)."""
+    whole = codes.view(*scale.shape, -1).float()
+    return whole if zero is None else whole.sub_(zero[..., None])
+
+
 def integers(layer: QuantizedLinear) -> Tensor:
-    """q - z (out, in), float32."""
-    grid = layer.grid
-    return Grid(grid.scheme, torch.ones_like(grid.scale), grid.zero).dequantize(layer.codes)
+    """q - z (out, in) of a layer, float32."""
+    return whole_numbers(layer.codes, layer.zero, layer.scale).view_as(layer.codes)
 
 
 def digest(layer: QuantizedLinear) -> int:
@@ -215,28 +220,26 @@ class ScaledProduct(torch.autograd.Function):
     """x W^T + b with W = scale (q - z); W is made again for the gradients of x and scale, not kept."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, codes: Tensor, zero: Tensor, scheme: Scheme, *rest: Any
-    ) -> Tensor:
-        bias, dtype = rest
+    def forward(ctx: Any, x: Tensor, scale: Tensor, *frozen: Any) -> Tensor:
+        codes, zero, bias, dtype = frozen
         ctx.save_for_backward(x, scale, codes, zero)
-        ctx.scheme, ctx.dtype = scheme, dtype
-        weight = Grid(scheme, scale, zero).dequantize(codes).to(dtype)
-        return functional.linear(x, weight.to(x.dtype), bias)
+        ctx.dtype = dtype
+        weight = whole_numbers(codes, zero, scale).mul_(scale[..., None]).view_as(codes)
+        return functional.linear(x, weight.to(dtype).to(x.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, codes, zero = ctx.saved_tensors
+        whole = whole_numbers(codes, zero, scale)
         dx = dscale = None
-        if ctx.needs_input_grad[0]:
-            weight = Grid(ctx.scheme, scale, zero).dequantize(codes).to(ctx.dtype)
-            dx = grad @ weight.to(grad.dtype)
         if ctx.needs_input_grad[1]:
             dweight = grad.flatten(0, -2).T @ x.flatten(0, -2)  # (out, in)
-            whole = Grid(ctx.scheme, torch.ones_like(scale), zero).dequantize(codes)
-            dscale = by_group(whole.mul_(dweight), scale)
-        return dx, dscale, None, None, None, None, None
+            dscale = (whole * dweight.view_as(whole)).sum(-1)
+        if ctx.needs_input_grad[0]:
+            weight = whole.mul_(scale[..., None]).view_as(codes)
+            dx = grad @ weight.to(ctx.dtype).to(grad.dtype)
+        return dx, dscale, None, None, None, None
 
 
 class Scales(Delta):
@@ -275,9 +278,9 @@ class ScaledLinear(DeltaLinear):
         if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         scale = base.scale.float() + sum(delta.change(base.scale) for delta in active)
-        read, grid, bias = base.quantize_input(x), base.grid, base.bias
+        read, bias = base.quantize_input(x), base.bias
         bias = None if bias is None else bias.to(read.dtype)
-        y: Tensor = ScaledProduct.apply(read, scale, base.codes, grid.zero, grid.scheme, bias, base.dtype)
+        y: Tensor = ScaledProduct.apply(read, scale, base.codes, base.zero, bias, base.dtype)
         return y
 
     def why_unmergeable(self, adapter: str) -> str:
@@ -286,9 +289,8 @@ class ScaledLinear(DeltaLinear):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the scales of a task change of the weight, (out, in)."""
         base: Any = self.get_base_layer()
-        return Grid(base.scheme, self.deltas[adapter].change(base.scale), base.grid.zero).dequantize(
-            base.codes
-        )
+        change = self.deltas[adapter].change(base.scale)
+        return whole_numbers(base.codes, base.zero, change).mul_(change[..., None]).view_as(base.codes)
 
     @torch.no_grad()
     def _add(self, names: list[str], sign: int, safe: bool) -> None:

@@ -143,3 +143,14 @@ def test_command_line_shows_tree_card_and_json(mine):
     assert {"name", "type", "default", "help", "range"} == set(record["options"][0])
     listing = json.loads(run(app, ["methods", "tuning/lowrank", "--json"]).output)
     assert "dora" in [row["name"] for row in listing]
+
+
+def test_a_method_may_do_the_work_of_two_branches():
+    peqa = taxonomy.find("peqa")
+    assert peqa.branch == "compression"
+    assert taxonomy.find("peqa", "tuning") == taxonomy.find("peqa", "compression") == peqa
+    assert peqa in taxonomy.serving("tuning")
+    assert peqa in taxonomy.serving("compression")
+    assert peqa not in taxonomy.methods("tuning")
+    with pytest.raises(MethodError, match="not a method of alignment"):
+        taxonomy.find("peqa", "alignment")

@@ -346,3 +346,43 @@ def test_under_autocast_it_is_the_base_to_the_last_bit():
         assert isinstance(layer.get_base_layer().bias, nn.Parameter)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(training.logits(model), training.logits(base))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["after gptq", "alone"])
+def test_a_recipe_quantises_tunes_measures_and_exports(first, tmp_path):
+    rows = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(8)]
+    for name in ("train", "test"):
+        marked = [row | {"prompt": row["prompt"] + name} for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in marked))
+    quantise = {
+        "method": {"name": "gptq", "group_size": 16},
+        "calibration": {"data": str(tmp_path / "train.jsonl"), "max_length": 16},
+    }
+    tune = {
+        "data": str(tmp_path / "train.jsonl"),
+        "method": {"name": "peqa", "group_size": 16, "symmetric": True},
+        "training": {"max_steps": 2, "per_device_train_batch_size": 4},
+    }
+    recipe = {
+        "name": "integers",
+        "output": str(tmp_path / "runs"),
+        "model": {"name": str(quantised.folder(tiny.llama)), "dtype": "float32"},
+        "stages": [
+            *([{"compress": quantise}] if first else []),
+            {"tune": tune},
+            {"evaluate": {"data": str(tmp_path / "test.jsonl"), "metrics": ["perplexity"]}},
+            {"export": {"format": "safetensors"}},
+        ],
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    luthier.run(tmp_path / "recipe.yaml")
+    (exported,) = (tmp_path / "runs" / "integers").glob("*export*/model")
+    model, _ = luthier.load(exported, dtype="float32", device="cpu")
+    layers = quantized_layers(model)
+    assert {layer.scheme for layer in layers.values()} == {Scheme(4, 16)}
+    stages = {path.name.partition("-")[2]: path for path in (tmp_path / "runs" / "integers").iterdir()}
+    if first:  # the codes are those of the stage before
+        before, _ = luthier.load(stages["compress"] / "model", dtype="float32", device="cpu")
+        for name, layer in quantized_layers(before).items():
+            assert torch.equal(layers[name].codes, layer.codes)
+            assert not torch.equal(layers[name].scale, layer.scale)

@@ -42,6 +42,8 @@ class TestMethod:
 
     def test_options_read_without_importing_are_those_of_the_class(self, method):
         fields = method.load().Config.__dataclass_fields__
+        ours = {name for name, f in fields.items() if "choices" in f.metadata}
+        assert {option.name for option in method.options()} == ours, "inherited ones, too"
         for option in method.options():
             assert option.name in fields
             assert fields[option.name].metadata["help"] == option.help

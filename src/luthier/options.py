@@ -100,8 +100,8 @@ class Option:
 def read_options(source: Path | str, class_name: str = "Config") -> list[Option]:
     """The options that class `class_name` of a Python file declares with `option(...)`, in order.
 
-    Those of its base classes come after, where they are classes of this package that the file imports by
-    name; what the class declares anew is its own.
+    Those of its base classes come after, where they are classes of the same file, or of this package and
+    imported by name; what the class declares anew is its own.
 
     Raises:
         MethodError: the file has no such class, or an option is not written with literals.
@@ -124,7 +124,7 @@ def read_options(source: Path | str, class_name: str = "Config") -> list[Option]
         and node.value.func.id == "option"
     }
     for base in classes[class_name].bases:
-        for file, name in _ours(tree, base):
+        for file, name in _ours(path, tree, base):
             found = found | {option.name: option for option in _inherited(file, name)} | found
     return list(found.values())
 
@@ -134,9 +134,11 @@ def _inherited(file: Path, class_name: str) -> tuple[Option, ...]:
     return tuple(read_options(file, class_name))
 
 
-def _ours(tree: ast.Module, base: ast.expr) -> Iterator[tuple[Path, str]]:
-    """File and name of a base class that is imported from this package."""
+def _ours(path: Path, tree: ast.Module, base: ast.expr) -> Iterator[tuple[Path, str]]:
+    """File and name of a base class of the same file, or imported from this package."""
     for node in tree.body:
+        if isinstance(node, ast.ClassDef) and isinstance(base, ast.Name) and node.name == base.id:
+            yield path, base.id
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("luthier."):
             for alias in node.names:
                 if isinstance(base, ast.Name) and base.id == (alias.asname or alias.name):

@@ -14,6 +14,7 @@ import luthier
 from luthier.compression.linear import quantized_layers
 from luthier.errors import RecipeError
 from luthier.models.saving import save
+from luthier.recipe.planner import plan
 from luthier.recipe.runner import run
 from luthier.recipe.source import load_recipe
 
@@ -146,6 +147,8 @@ def test_goes_on_after_a_kill_with_the_first_block_that_is_not_done(place, monke
     ("stages", "said"),
     [
         ([compress("gptq", "")], "needs calibration data"),
+        ([compress("{name: rtn, activation_bits: 8, activation_per: static}", "")], "needs calibration data"),
+        ([compress("{name: llm_pruner, importance: vector, taylor: second}", "")], "taylor: second has not"),
         ([TUNE.replace("METHOD", "lora"), compress("rtn", "")], "carries the adapter"),
         ([compress("{name: gptq, bits: 9}")], "<= 8"),
         ([compress("{name: wanda, sparsity: 1.5}")], "<= 1"),
@@ -166,3 +169,48 @@ def test_refuses_what_does_not_fill_one_window(place):
     long = "calibration: {data: text.txt, max_length: 4096}"
     with pytest.raises(luthier.errors.DataError, match="not one window of 4096"):
         run(write(place, compress("gptq", long), name="short"))
+
+
+@pytest.mark.parametrize(
+    "method", ["{name: zeroquant, steps: 0}", "{name: llm_pruner, importance: l2}", "zeroquant_v2", "llm_qat"]
+)
+def test_asks_for_data_only_where_the_options_need_them(place, method):
+    load_recipe(write(place, compress(method, ""), name="without"))
+
+
+class TestPlan:
+    """What a compress stage will leave and train."""
+
+    def planned(self, place, method, calibration=CALIBRATION):
+        return plan(load_recipe(write(place, compress(method, calibration), name="planned"))).stages[0]
+
+    def test_codes_and_scales_are_what_is_left_of_a_rounded_weight(self, place):
+        found = self.planned(place, "{name: rtn, bits: 4, group_size: 16}")
+        model = tiny.llama()
+        inside = sum(m.weight.numel() for n, m in model.named_modules() if n.endswith("proj"))
+        total = sum(p.numel() for p in model.parameters())
+        assert found.artefact_bytes == 4 * (total - inside) + inside * (4 + 1) // 8  # a 16-bit scale for 16
+        assert found.trainable == 0 == found.memory.optimizer
+
+    def test_layers_that_are_left_out_stay_whole(self, place):
+        whole = self.planned(place, "{name: rtn, group_size: 16}")
+        part = self.planned(place, "{name: rtn, group_size: 16, exclude: [down_proj]}")
+        assert whole.artefact_bytes < part.artefact_bytes < part.memory.weights
+
+    def test_two_methods_count_together(self, place):
+        one = self.planned(place, "{name: gptq, group_size: 16}")
+        both = self.planned(place, "[{name: sparsegpt, pattern: '2:4'}, {name: gptq, group_size: 16}]")
+        assert both.artefact_bytes == one.artefact_bytes  # zeros have codes, too
+
+    def test_what_is_trained_takes_time_and_memory(self, place):
+        rest = self.planned(place, "{name: zeroquant, steps: 0, group_size: 16}")
+        block = self.planned(place, "{name: zeroquant, steps: 50, group_size: 16}")
+        whole = self.planned(place, "{name: gum, steps: 50}")
+        assert rest.trainable == 0
+        assert whole.trainable == whole.total == block.trainable
+        assert rest.seconds < block.seconds
+        assert 0 < block.memory.optimizer < whole.memory.optimizer == 8 * whole.total
+
+    def test_text_that_the_model_writes_takes_time(self, place):
+        few, many = (self.planned(place, f"{{name: llm_qat, texts: {n}}}", "") for n in (64, 6400))
+        assert many.seconds > few.seconds

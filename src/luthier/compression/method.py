@@ -68,7 +68,7 @@ class LayerByLayer(OneShot):
     """
 
     token_cap: float | None = option(
-        None,
+        8.0,
         "most that a token may count in the Hessian, in medians; null: no limit, as the papers have it",
         gt=0,
     )

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from luthier.terminal import progress
 from luthier.tuning.probe import evaluating
 
+AT_ONCE = 32  # texts
 SOUND = (3, 4, 5)  # tokens after which drawing begins, the first included
 
 
@@ -24,7 +25,7 @@ def write(
     *,
     seed: int = 0,
     sound: Sequence[int] = SOUND,
-    batch_size: int = 32,
+    batch_size: int = AT_ONCE,
 ) -> list[list[int]]:
     """So many texts of up to `length` tokens, without the special tokens that end them.
 

@@ -25,3 +25,23 @@ class Record:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a method's own training is going to cost, for the planner.
+
+    Attributes:
+        steps: of the whole model, or of every block once.
+        rows, length: shape of a step's batch, in tokens.
+        learns: share of the parameters that learn.
+        at_once: blocks that are trained together; None: all.
+        written: steps of generation before it.
+    """
+
+    steps: int
+    rows: int
+    length: int
+    learns: float = 1.0
+    at_once: int | None = None
+    written: int = 0

@@ -8,6 +8,7 @@ method, dtype, autocast and activation checkpointing. It takes seconds, and no m
 
 import copy
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,40 @@ def sizes(model: nn.Module) -> tuple[int, int, int]:
         else:
             base += size
     return base, added, learns
+
+
+def compressed_away(model: nn.Module, methods: Sequence[Any]) -> int:
+    """Bytes that a saved model has less than the plain one.
+
+    A weight on a grid keeps its bits and its part of a scale; a layer that loses units is counted by the
+    share that stays; zeros are saved as they are.
+    """
+    total = 0.0
+    for name, layer in structure.linears(model).items():
+        weight = layer.weight
+        if layer is structure.base(model).get_output_embeddings():
+            continue
+        count, bits = float(weight.numel()), 8.0 * weight.element_size()
+        for method in methods:
+            if not _touches(method, name):
+                continue
+            count *= 1 - getattr(method, "ratio", 0)
+            if (own := getattr(method, "bits", None)) is not None:
+                bits = own + 16 / (getattr(method, "group_size", None) or weight.shape[-1])
+            elif getattr(method, "quantizes", False):
+                bits = 8
+        total += (8 * weight.numel() * weight.element_size() - count * bits) / 8
+    return round(total)
+
+
+def _touches(method: Any, name: str) -> bool:
+    """Whether a method works on a layer, as its `targets` and `exclude` say."""
+
+    def named(patterns: Sequence[str]) -> bool:
+        return any(name == p or name.endswith(f".{p}") for p in patterns)
+
+    targets = getattr(method, "targets", [])
+    return (not targets or named(targets)) and not named(getattr(method, "exclude", []))
 
 
 def simulate(

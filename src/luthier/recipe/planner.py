@@ -435,11 +435,13 @@ class _Batch:
 
 
 def _compress(base: _Base, stage: CompressStage) -> StagePlan:
-    """One set of hidden states, and the curvature of the widest layer with its factors."""
+    """One set of hidden states, the curvature of the widest layer with its factors, and what is trained."""
     placement = base.placement(train=False)
     model = base.model(placement)
     weights, _, _ = footprint.sizes(model)
     parameters = sum(p.numel() for p in model.parameters())
+    methods = [spec.method(**spec.options) for spec in stage.method]
+    kept = weights - footprint.compressed_away(model, methods)
     given = stage.calibration
     tokens = given.samples * given.max_length if given is not None else 0
     widest = max(dimensions(layer)[1] for layer in structure.linears(model).values())
@@ -454,9 +456,29 @@ def _compress(base: _Base, stage: CompressStage) -> StagePlan:
     # Two runs of each block; the sweep of a column touches all rows once.
     speed = machine.product_speed(placement.dtype, placement.device)
     seconds = 4 * parameters * tokens / speed + 4 * parameters * widest / speed + 30
+    trainable = 0
+    for method in methods:
+        course = method.course(given and given.max_length) if hasattr(method, "course") else None
+        if course is None:
+            continue
+        labelled = course.rows * course.length
+        step = footprint.simulate(
+            base.model(placement), course.rows, course.length, placement, labelled=labelled
+        )
+        share = 1.0 if course.at_once is None else course.at_once / len(structure.blocks(model))
+        trainable = max(trainable, round(course.learns * parameters))
+        memory = replace(
+            memory,
+            gradients=max(memory.gradients, round(course.learns * share * step.gradients)),
+            optimizer=max(memory.optimizer, round(_ADAM * course.learns * share * parameters)),
+            activations=max(memory.activations, round(share * max(0, step.peak - step.gradients))),
+            logits=max(memory.logits, step.logits),
+        )
+        seconds += course.steps * machine.step_seconds(step.operations, step.written, placement)
+        seconds += course.written * weights / machine.bandwidth(placement.device)
     return StagePlan(
-        stage.name, stage.kind, memory, total=parameters, seconds=seconds,
-        disk_bytes=2 * weights, artefact_bytes=weights, detail=stage.summary(),
+        stage.name, stage.kind, memory, trainable, total=parameters, seconds=seconds,
+        disk_bytes=weights + kept, artefact_bytes=kept, detail=stage.summary(),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from luthier.alignment import trackers
 from luthier.data.spec import DataSpec
-from luthier.errors import LuthierError, did_you_mean, nearest
+from luthier.errors import LuthierError, MethodError, did_you_mean, nearest
 from luthier.evaluation.names import METRICS
 from luthier.models import sources
 from luthier.recipe.schema import (
@@ -235,7 +235,12 @@ def _compress(draft: Draft, place: tuple[str | int, ...], stage: CompressStage) 
         yield from _data(draft, (*place, "calibration", "data"), stage.calibration.data)
     else:
         for spec in stage.method:
-            if spec.method.needs_data:
+            try:
+                wants = getattr(spec.method(**spec.options), "wants_data", True)
+            except MethodError as error:  # options that do not go together
+                yield place, error.message, error.fix
+                continue
+            if wants:
                 fix = "Add calibration: {data: some-text.txt} to the stage."
                 yield place, f"{spec.name} needs calibration data", fix
     before = draft.stages[: int(place[1])]

@@ -55,7 +55,7 @@ from transformers import TrainerCallback
 
 from luthier.compression import slicing, units
 from luthier.compression.gradients import Batch
-from luthier.compression.records import Record
+from luthier.compression.records import Course, Record
 from luthier.compression.short_tuning import cubic, progress_at, require_causal, tune
 from luthier.compression.units import Units
 from luthier.errors import MethodError
@@ -94,6 +94,9 @@ class Config:
                 f"hold: {self.hold:g} and settle: {self.settle:g} leave no steps to prune in.",
                 fix="Lower them.",
             )
+
+    def course(self, length: int | None) -> Course:
+        return Course(self.steps, self.batch_size, length or 0)
 
     def compress(self, model: nn.Module, batches: Iterable[Batch]) -> list[Record]:
         """Tune and prune a model in place; its weights are then the tuned ones.

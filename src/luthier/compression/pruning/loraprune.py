@@ -48,7 +48,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.compression import slicing, units
 from luthier.compression.gradients import Batch
-from luthier.compression.records import Record
+from luthier.compression.records import Course, Record
 from luthier.compression.short_tuning import cubic, progress_at, require_causal, tune
 from luthier.compression.units import Part, Units
 from luthier.errors import MethodError
@@ -98,6 +98,9 @@ class Config:
     @property
     def kinds(self) -> list[str]:
         return [units.MLP, units.ATTENTION] if self.units is None else list(self.units)
+
+    def course(self, length: int | None) -> Course:
+        return Course(self.steps, self.batch_size, length or 0, learns=0.02)  # LoRA's few percent
 
     def compress(self, model: nn.Module, batches: Iterable[Batch]) -> list[Record]:
         """Tune and prune a model in place; its weights are then those of the tuned one.

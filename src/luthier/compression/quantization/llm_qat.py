@@ -31,6 +31,7 @@ again between writing and training. The mean over positions is the default; the 
 
 import copy
 import logging
+import math
 import tempfile
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -43,9 +44,9 @@ from luthier.alignment.defaults import arguments
 from luthier.compression.calibration import Batch, choose_layers
 from luthier.compression.grid import Scheme, require_divides
 from luthier.compression.linear import dimensions, require_plain
-from luthier.compression.own_words import windows, write
+from luthier.compression.own_words import AT_ONCE, windows, write
 from luthier.compression.qat import Distilling, Rounding, bake, divergence, insert
-from luthier.compression.records import Record
+from luthier.compression.records import Course, Record
 from luthier.data.packing import PaddedCollator
 from luthier.errors import DataError, MethodError
 from luthier.models import structure
@@ -89,6 +90,12 @@ class Config:
     @property
     def scheme(self) -> Scheme:
         return Scheme(self.bits, self.group_size, True, self.activation_bits)
+
+    def course(self, length: int | None) -> Course:
+        """Of the text that the model writes; given text has an unknown length, and is taken to be as long."""
+        steps = math.ceil(self.texts / self.batch_size * self.epochs)
+        written = 0 if length else math.ceil(self.texts / AT_ONCE) * self.max_length
+        return Course(steps, self.batch_size, self.max_length, written=written)
 
     def compress(self, model: Any, batches: list[Batch]) -> list[Record]:
         """Train the model and leave quantised layers, in place.

@@ -46,7 +46,7 @@ from luthier.compression.grid import Grid, Scheme, activation_step, round_activa
 from luthier.compression.linear import dimensions, matrix, quantize_layer
 from luthier.compression.method import Quantizer, weight_error
 from luthier.compression.reconstruction import Student, in_rows
-from luthier.compression.records import Record
+from luthier.compression.records import Course, Record
 from luthier.compression.statistics import Moments
 from luthier.errors import MethodError
 from luthier.options import option
@@ -63,6 +63,11 @@ class Config(Quantizer):
     @property
     def wants_data(self) -> bool:
         return self.steps > 0 or (self.activation_bits is not None and self.activation_per == "static")
+
+    def course(self, length: int | None) -> Course | None:
+        if not self.steps:
+            return None
+        return Course(self.steps, self.batch_size, length or 0, at_once=1)
 
     def check(self, name: str, layer: nn.Module) -> None:
         if self.groups is None:

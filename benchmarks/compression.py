@@ -26,7 +26,7 @@ from typing import Any
 from tuning import DATA, run
 
 CHARACTERS = 24_000
-PLAYS = {"data": f"{DATA}/tinyshakespeare.txt", "samples": 64, "max_length": 256}
+PLAYS = {"data": f"{DATA}/tinyshakespeare.txt", "samples": 32, "max_length": 256}
 MAILS = {"data": "data/tickets/train.jsonl", "samples": 32, "max_length": 256}
 RECORDS = {
     "data": "data/tickets/test.jsonl",
@@ -43,12 +43,9 @@ def weights() -> list[Row]:
     found: list[Row] = []
     for bits in (8, 4, 3):
         grid = {"bits": bits, "group_size": 64}
-        found += [
-            (f"{name} W{bits}", [{"name": name} | grid]) for name in ("rtn", "gptq", "awq", "zeroquant_v2")
-        ]
-    low = {"name": "gptq", "bits": 3}
-    found.append(("gptq W3, columns as they come", [low | {"act_order": False}]))
-    found.append(("gptq W3, all tokens in full", [low | {"token_cap": None}]))
+        names = ("rtn", "gptq") if bits == 8 else ("rtn", "gptq", "awq", "zeroquant_v2")
+        found += [(f"{name} W{bits}", [{"name": name} | grid]) for name in names]
+    found.append(("gptq W3, all tokens in full", [{"name": "gptq", "bits": 3, "token_cap": None}]))
     return found
 
 

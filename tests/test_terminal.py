@@ -8,6 +8,7 @@ import pytest
 import tiny
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from peft import LoraConfig
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -39,6 +40,19 @@ def test_bars_of_downloads_that_were_off_stay_off(bars):
     assert are_progress_bars_disabled()
 
 
+def test_no_bar_of_libraries_that_take_tqdm_as_it_is(capfd):
+    class Download(tqdm):
+        pass
+
+    with terminal.no_bars():
+        assert list(tqdm([1])) == [1]
+        assert capfd.readouterr().err == ""
+        assert list(Download([1])) == [1]
+        assert "1/1" in capfd.readouterr().err
+    assert list(tqdm([1])) == [1]
+    assert "1/1" in capfd.readouterr().err
+
+
 def test_loading_and_saving_print_nothing(bars, tmp_path, capfd):
     adapted = luthier.attach(tiny.llama(), LoraConfig(target_modules="all-linear"))
     save(tiny.llama(), tmp_path / "base", tiny.tokenizer())
@@ -46,6 +60,8 @@ def test_loading_and_saving_print_nothing(bars, tmp_path, capfd):
     model, _ = luthier.load(tmp_path / "base", dtype="float32")
     capfd.readouterr()
     save(model, tmp_path / "again")
+    luthier.compress(model, luthier.method("rtn")(group_size=16))
+    luthier.load(save(model, tmp_path / "small", tiny.tokenizer()), dtype="float32")
     assert capfd.readouterr().err == ""
     AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert "Loading weights" in capfd.readouterr().err  # what it would be without us

@@ -6,7 +6,7 @@ Loads no torch: whatever takes long may use it.
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -37,17 +37,29 @@ def track(items: Sequence[Item], what: str) -> Iterator[Item]:
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """No bars of transformers inside: reading and writing files takes seconds. A download keeps its bar."""
+    """No bars of transformers inside: reading and writing files takes seconds. A download keeps its bar.
+
+    Those of libraries that take tqdm as it is (compressed-tensors) have no switch; downloads and transformers
+    have classes of their own.
+    """
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from tqdm import tqdm
     from transformers.utils import logging
+
+    start = tqdm.__init__
+
+    def unseen(bar: tqdm, *given: Any, **options: Any) -> None:
+        start(bar, *given, **options | ({"disable": True} if type(bar) is tqdm else {}))
 
     shown, quiet_downloads = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
     logging.disable_progress_bar()  # switches those of downloads off too
     if not quiet_downloads:
         enable_progress_bars()
+    tqdm.__init__ = unseen
     try:
         yield
     finally:
+        tqdm.__init__ = start
         if shown:
             logging.enable_progress_bar()
         if quiet_downloads:

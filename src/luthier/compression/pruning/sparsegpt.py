@@ -10,6 +10,7 @@ its turn is W_ij^2 / U_jj^2. The mask is chosen as the sweep goes, on the weight
 `mask_block` columns the lowest share over all rows together, so that rows may differ; or with a `pattern` the
 lowest of each group of a row. Errors of the pruned weights are taken from the columns to the right.
 
+A token's squared input counts as 8 medians in H at most (`token_cap`, see gptq; the paper has no limit).
 Rounding as well: `[sparsegpt, gptq]` in one pass; GPTQ keeps the zeros. The authors' code prunes one weight a
 block more than asked for; ours does not. Their joint sweep rounds while it prunes; ours are two sweeps, each
 with the inputs that the pruned layers below really give.

@@ -14,6 +14,10 @@ U_jj is taken from all later columns: W_:,k -= e_j U_jk (`luthier.compression.sw
                 the saved format is the usual one ("static groups").
     otherwise   the grid of a group is fitted when its first column is reached, on the columns as they are.
 
+    token_cap   a token's squared input counts as 8 medians at most. The paper has no such limit (null). In
+                many models the first token of a text is huge in a few channels: in the layer that ends this
+                it would decide H alone, and all other tokens would pay.
+
 Zeros of a pruned layer (a quarter of it or more) stay zeros. The authors' code fits the grids of groups that
 are smaller than its block on columns that miss the block's updates; ours sees them. Its symmetric grid leaves
 rows without negative values unsigned; ours does not.

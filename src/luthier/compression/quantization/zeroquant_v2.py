@@ -15,9 +15,9 @@ No other matrix of rank r leaves less (Eckart and Young): the weight's error nev
 and B are held in 8 bits with one scale a row, `factor_bits: null` keeps them as they are. The gain is large
 at few bits and wide groups; it is small where the error is all but white noise.
 
-Nothing is trained, and no data is needed but for GPTQ. With `activation_bits` both parts see the same rounded
-input. The paper's other half, training layers or blocks against their former outputs (ZQ-Local, ZQ-Global),
-is `zeroquant`. The low-rank part is a LoRA adapter of scaling 1: `luthier.compression.compensated.separate`
+Nothing is trained, and no data is needed but for GPTQ (`token_cap` and `damping` are its options). With
+`activation_bits` both parts see the same rounded input. The paper's other half, training layers or blocks
+against their former outputs (ZQ-Local, ZQ-Global), is `zeroquant`. The low-rank part is a LoRA adapter of scaling 1: `luthier.compression.compensated.separate`
 takes it off as one. Saved as a whole, the layer is stored as the plain weight that it stands for.
 """
 

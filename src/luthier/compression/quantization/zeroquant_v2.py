@@ -17,8 +17,9 @@ at few bits and wide groups; it is small where the error is all but white noise.
 
 Nothing is trained, and no data is needed but for GPTQ (`token_cap` and `damping` are its options). With
 `activation_bits` both parts see the same rounded input. The paper's other half, training layers or blocks
-against their former outputs (ZQ-Local, ZQ-Global), is `zeroquant`. The low-rank part is a LoRA adapter of scaling 1: `luthier.compression.compensated.separate`
-takes it off as one. Saved as a whole, the layer is stored as the plain weight that it stands for.
+against their former outputs (ZQ-Local, ZQ-Global), is `zeroquant`. The low-rank part is a LoRA adapter of
+scaling 1: `luthier.compression.compensated.separate` takes it off as one. Saved as a whole, the layer is
+stored as the plain weight that it stands for.
 """
 
 import time

@@ -120,7 +120,10 @@ def test_a_module_is_replayed_as_the_block_calls_it():
     assert len(found) == 3
     for new, old, mask in zip(found, seen, block.masks, strict=True):
         assert torch.equal(new, old[mask])
-    assert len(Replay(block, "model.layers.0", block.tokens // 3)()) == 1
+    few = Replay(block, "model.layers.0.self_attn", block.hidden[0].shape[1])()
+    first = seen[0][:1][block.masks[0][:1]]
+    assert len(few) == 1
+    assert torch.allclose(few[0], first, atol=1e-6)
 
 
 def test_the_smallest_module_around_a_group():

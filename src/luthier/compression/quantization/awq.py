@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from luthier.compression.block import Block, real_tokens
 from luthier.compression.folding import Row
@@ -197,21 +198,33 @@ class _Caught(Exception):
 
 
 class Replay:
-    """Runs one module inside a block again and again on what it was handed; its outputs, a batch each."""
+    """Runs one module inside a block again and again on what it was handed; its outputs, a batch each.
+
+    Rows for `tokens` tokens are taken, evenly from all batches.
+    """
 
     def __init__(self, block: Block, name: str, tokens: int):
         self._module = block.model.get_submodule(name)
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
-        share = max(1, round(len(block.hidden) * min(1.0, tokens / max(1, block.tokens))))
-        for index in (i * len(block.hidden) // share for i in range(share)):
-            handle = self._module.register_forward_pre_hook(self._catch(block.masks[index]), with_kwargs=True)
+        length = max(hidden.shape[1] for hidden in block.hidden)
+        wanted = -(-min(tokens, block.tokens) // length)  # rows
+        batches = min(len(block.hidden), wanted)
+        for index in (i * len(block.hidden) // batches for i in range(batches)):
+            hook = self._catch(block.masks[index], -(-wanted // batches))
+            handle = self._module.register_forward_pre_hook(hook, with_kwargs=True)
             with suppress(_Caught):
                 block.run(index)
             handle.remove()
 
-    def _catch(self, mask: Tensor) -> Any:
+    def _catch(self, mask: Tensor, rows: int) -> Any:
+        """Keeps the first rows (rows, seq, ...) of what the module is called with."""
+
+        def first(value: Any) -> Any:
+            whole = isinstance(value, Tensor) and value.dim() > 1 and len(value) == len(mask)
+            return value[:rows] if whole else value
+
         def hook(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            self._calls.append((arguments, options, mask))
+            self._calls.append((*tree_map(first, (arguments, options)), mask[:rows]))
             raise _Caught
 
         return hook

@@ -54,6 +54,17 @@ def ppl(stage) -> float:
     return stage.manifest.metrics["perplexity"]["value"]
 
 
+def test_codes_can_leave_in_the_gptq_layout(place):
+    save(tiny.llama(num_key_value_heads=4), place / "wide", tiny.tokenizer())
+    stages = [compress("{name: gptq, bits: 4, group_size: 32}"), "export: {format: gptq}"]
+    path = write(place, *stages, name="layout")
+    path.write_text(path.read_text().replace(str(place / "base"), str(place / "wide")))
+    done = run(path)
+    assert "weights after reading" in str(done.stages[1].manifest.checks)
+    config = json.loads((done.stages[1].artefact / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "gptq"
+
+
 def test_leaves_a_model_that_transformers_alone_loads_and_that_measures_the_same(place):
     done = run(write(place, compress("{name: gptq, bits: 4, group_size: 16}"), EVALUATE, name="gptq"))
     folder = done.stages[0].artefact

@@ -387,9 +387,9 @@ class ExportStage(Stage):
     """Write the model as a folder that transformers or PEFT load."""
 
     kind = "export"
-    format: Literal["safetensors", "adapter", "lora", "gguf"] = "safetensors"
-    """A whole model; what a PEFT method added to it; that as a LoRA, which more servers load; or a whole
-    model in one file for llama.cpp."""
+    format: Literal["safetensors", "adapter", "lora", "gguf", "gptq"] = "safetensors"
+    """A whole model; what a PEFT method added to it; that as a LoRA, which more servers load; a whole model
+    in one file for llama.cpp; or one with quantised layers as AutoGPTQ lays them out."""
     gguf_type: Literal["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"] | None = None
     """How a GGUF file holds the weights; Q8_0 by default (with format: gguf)."""
     rank: int | float | None = None
@@ -419,6 +419,8 @@ class ExportStage(Stage):
 
     @model_validator(mode="after")
     def _type_of_a_gguf(self) -> Self:
+        if self.format == "gptq" and self.dtype != "auto":
+            raise fault("format: gptq has no dtype", "Leave dtype out: scales are in half precision.")
         if self.format != "gguf":
             if self.gguf_type is not None:
                 fix = "Write format: gguf, or leave gguf_type out."
@@ -432,7 +434,7 @@ class ExportStage(Stage):
     @property
     def whole(self) -> bool:
         """Whether it writes a whole model, and no adapter."""
-        return self.format in ("safetensors", "gguf")
+        return self.format in ("safetensors", "gguf", "gptq")
 
     def summary(self) -> str:
         rank = f" of rank {self.rank}" if self.format == "lora" else ""

@@ -6,6 +6,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from luthier.compression import gptq_layout
 from luthier.models.gguf_writing import save_gguf, verify_gguf
 from luthier.models.saving import save, verify_export
 from luthier.recipe.context import Context
@@ -25,6 +26,8 @@ def run(stage: ExportStage, context: Context) -> StageResult:
     model, tokenizer = context.lend(train=False)
     if stage.format == "gguf":
         return _gguf(stage, context, model, tokenizer)
+    if stage.format == "gptq":
+        return _gptq(stage, context, model, tokenizer)
     dtype = None if stage.dtype == "auto" else getattr(torch, stage.dtype)
     if stage.merge:
         model = merge(model, dtype)
@@ -52,5 +55,17 @@ def _gguf(
     verify_gguf(file, merged, tokenizer)
     return StageResult(
         details={"format": stage.format, "gguf_type": stage.gguf_type, "merged": bool(stage.merge)},
+        total=sum(parameter.numel() for parameter in merged.parameters()),
+    )
+
+
+def _gptq(
+    stage: ExportStage, context: Context, model: Any, tokenizer: PreTrainedTokenizerBase
+) -> StageResult:
+    merged = merge(model) if stage.merge else model  # of PEQA's scales; others leave no codes
+    folder = gptq_layout.save(merged, context.work / "model", tokenizer)
+    gptq_layout.verify(folder, merged)
+    return StageResult(
+        details={"format": stage.format, "merged": bool(stage.merge)},
         total=sum(parameter.numel() for parameter in merged.parameters()),
     )

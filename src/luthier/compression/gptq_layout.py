@@ -9,8 +9,8 @@ Of a layer with codes u = 0 ... 2^b - 1 for weights (N, K), and groups of g inpu
 
     W[n, k] = scales[g_idx[k], n] (u[k, n] - zero[g_idx[k], n])
 
-Zero points have a place of their own here, so that weights with `symmetric: false` keep their bits. Scales are
-rounded to half precision, which moves a weight by 2^-11 of itself at most.
+Zero points have a place of their own here, so that weights with `symmetric: false` keep their bits. Scales
+are rounded to half precision, which moves a weight by 2^-11 of itself at most.
 """
 
 import json

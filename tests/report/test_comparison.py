@@ -107,6 +107,8 @@ def test_labels_say_what_differs():
     given = {"tune.method": {"name": "dora", "r": 4}, "tune.training.learning_rate": 0.001}
     assert comparison.label_of(given, keys) == "dora r=4, learning_rate=0.001"
     assert comparison.label_of({}, []) == "as written"
+    both = {"compress.method": ["smoothquant", {"name": "gptq", "bits": 3}]}
+    assert comparison.label_of(both, ["compress.method"]) == "smoothquant + gptq bits=3"
 
 
 def test_failed_runs_are_in_the_table_and_out_of_the_means(tmp_path):

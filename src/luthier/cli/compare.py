@@ -107,6 +107,7 @@ def _show(result: "Comparison", console: "Console") -> None:
 
 def _cells(result: "Comparison") -> tuple[list[str], list[list[str]]]:
     """Heads, and a row for each setting: its values, its quality, its costs."""
+    from luthier.report.comparison import written
     from luthier.resources import show_bytes
 
     summary = result.summary
@@ -116,7 +117,7 @@ def _cells(result: "Comparison") -> tuple[list[str], list[list[str]]]:
     rows = []
     for entry in summary:
         others = entry.others
-        row = [str(entry.settings[key]) for key in varied]
+        row = [written(entry.settings[key]) for key in varied]
         row.append(f"{len(entry.seeds)}" + (f" ({entry.failed} failed)" if entry.failed else ""))
         row += [_metric(entry, name) for name in names]
         row += [

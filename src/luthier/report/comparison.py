@@ -110,10 +110,8 @@ def label_of(settings: dict[str, Any], keys: list[str]) -> str:
     for key in [k for k in keys if k in settings] or list(settings):
         value = settings[key]
         tail = key.rsplit(".", 1)[-1]
-        if isinstance(value, dict):
-            parts.append(_spec(value))
-        elif isinstance(value, list) and tail == "method":  # in one pass, as a compress stage has them
-            parts.append(" + ".join(map(_spec, value)))
+        if isinstance(value, dict) or (isinstance(value, list) and tail == "method"):
+            parts.append(written(value))
         else:
             parts.append(
                 str(value) if tail in ("method", "objective", "name", "model") else f"{tail}={value}"
@@ -121,8 +119,10 @@ def label_of(settings: dict[str, Any], keys: list[str]) -> str:
     return ", ".join(parts) or "as written"
 
 
-def _spec(value: Any) -> str:
-    """A method with its options: 'lora r=8'."""
+def written(value: Any) -> str:
+    """A varied value for readers. A method with its options: 'lora r=8'; several in one pass: 'a + b'."""
+    if isinstance(value, list):
+        return " + ".join(map(written, value))
     if not isinstance(value, dict):
         return str(value)
     inner = ", ".join(f"{k}={v}" for k, v in value.items() if k != "name")

@@ -62,6 +62,7 @@ def refused(kind, words, model, methods, calibration=DATA):
         ([{"input_ids": IDS.repeat(1, 30)}], r"batch 0 is 300 tokens long; the model takes 256.*max_length"),
         ([{"input_ids": IDS.float()}], r"no input_ids, a tensor of integers"),
         ([{"input_ids": IDS.tolist()}], r"no input_ids, a tensor of integers"),
+        ([{"input_ids": IDS, "labels": IDS[0]}], r"labels that are neither \(batch,\) nor \(batch, seq\)"),
         (["some text"], r"no input_ids"),
         ([{"ids": IDS}], r"no input_ids"),
     ],

@@ -22,14 +22,17 @@ def batches(loaded: Loaded, tokenizer: Any, *, samples: int, max_length: int, se
     chat template first. Of the windows `samples` are drawn, spread evenly over the data.
 
     Returns:
-        `{"input_ids": (batch, seq), "attention_mask": (batch, seq)}`, int64.
+        `{"input_ids": (batch, seq), "attention_mask": (batch, seq)}`, int64; rows of a classifier have their
+        class beside, `"labels": (batch,)`.
 
     Raises:
         DataError: the data do not fill one window, or are of a type that holds no text.
     """
-    rows = _rows(loaded, tokenizer, max_length)
     if loaded.type == "classification":
-        return _padded(_spread(rows, samples, seed), tokenizer, max_length)
+        found = encode_classification(loaded, tokenizer, max_length=max_length).dataset
+        pairs = list(zip(map(list, found["input_ids"]), found["labels"], strict=True))
+        return _padded(_spread(pairs, samples, seed), tokenizer, max_length)
+    rows = _rows(loaded, tokenizer)
     ids = [token for row in rows for token in row]
     windows = [ids[i : i + max_length] for i in range(0, len(ids) - max_length + 1, max_length)]
     if not windows:
@@ -44,12 +47,10 @@ def batches(loaded: Loaded, tokenizer: Any, *, samples: int, max_length: int, se
     ]
 
 
-def _rows(loaded: Loaded, tokenizer: Any, max_length: int) -> list[list[int]]:
+def _rows(loaded: Loaded, tokenizer: Any) -> list[list[int]]:
     if loaded.type == "text":
         return [plain_ids(tokenizer, row["text"]) for row in loaded.records]
-    if loaded.type == "classification":
-        encoded = encode_classification(loaded, tokenizer, max_length=max_length)
-    elif loaded.type in ("messages", "prompt_completion"):
+    if loaded.type in ("messages", "prompt_completion"):
         encoded = encode(loaded, tokenizer, max_length=None, use_cache=False)
     else:
         raise DataError(
@@ -68,19 +69,20 @@ def _spread(items: list[Any], count: int, seed: int) -> list[Any]:
     return [items[lot.randrange(low, high)] for low, high in pairwise(bounds)]
 
 
-def _padded(rows: list[list[int]], tokenizer: Any, max_length: int) -> list[Batch]:
-    """Rows of like length together, padded on the right."""
-    rows = sorted(rows, key=len)
+def _padded(rows: list[tuple[list[int], int]], tokenizer: Any, max_length: int) -> list[Batch]:
+    """Rows of like length together, padded on the right, each with the number of its class."""
+    rows = sorted(rows, key=lambda row: len(row[0]))
     size = max(1, TOKENS // max_length)
     found = []
     for start in range(0, len(rows), size):
-        part = [torch.tensor(row) for row in rows[start : start + size]]
+        part = [torch.tensor(row) for row, _ in rows[start : start + size]]
         masks = [torch.ones_like(row) for row in part]
         pad = torch.nn.utils.rnn.pad_sequence
         found.append(
             {
                 "input_ids": pad(part, batch_first=True, padding_value=tokenizer.pad_token_id or 0),
                 "attention_mask": pad(masks, batch_first=True),
+                "labels": torch.tensor([int(label) for _, label in rows[start : start + size]]),
             }
         )
     return found

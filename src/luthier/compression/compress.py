@@ -36,7 +36,8 @@ def compress(
             that go block by block and stand side by side share one pass. A layer is rounded by the last of
             them that names it; earlier ones only prepare it (SmoothQuant, then GPTQ).
         calibration: `{"input_ids": (batch, seq), "attention_mask": (batch, seq)}`, mask 0 for padding.
-            Methods that look at weights alone need none.
+            Methods that look at weights alone need none. Those that look at the loss of a model that is not
+            causal want `labels`, (batch,) or (batch, seq), beside.
         folder: where finished blocks are kept, so that a pass that was killed goes on; None keeps nothing.
 
     Returns:
@@ -106,7 +107,8 @@ def _one_pass(
     wanting = next((c for c in configs if c.wants_data), None)
     if wanting is None:
         return [record for block in chain(model) for record in change(block)]
-    batches = _required(wanting, batches)
+    inputs = ("input_ids", "attention_mask")
+    batches = [{key: b[key] for key in inputs if key in b} for b in _required(wanting, batches)]
     identity = "" if folder is None else _identity(model, configs, batches)
     return calibrate(model, batches, change, folder=folder, identity=identity)
 
@@ -184,7 +186,8 @@ def _checked(model: nn.Module, calibration: Iterable[Any]) -> list[Batch]:
                 f"Calibration batch {index} is {ids.shape[1]} tokens long; the model takes {longest}.",
                 fix=f"Cut the samples to {longest} tokens (max_length).",
             )
-        batches.append({"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask})
+        parts = {"input_ids": ids, "attention_mask": mask, "labels": _labels(batch, index)}
+        batches.append({name: tensor for name, tensor in parts.items() if tensor is not None})
     if batches and not any("attention_mask" not in b or b["attention_mask"].any() for b in batches):
         raise DataError(
             "All calibration tokens are padding: attention_mask is 0 everywhere.",
@@ -210,6 +213,18 @@ def _tensors(batch: Any, index: int) -> tuple[Tensor, Tensor | None]:
             fix="Give both as (batch, seq), with at least one token.",
         )
     return ids, mask
+
+
+def _labels(batch: Mapping[str, Any], index: int) -> Tensor | None:
+    """What a model that is not causal should say of each row, or of each token."""
+    labels = batch.get("labels")
+    shape = batch["input_ids"].shape
+    if labels is not None and (not isinstance(labels, Tensor) or labels.shape not in (shape, shape[:1])):
+        raise DataError(
+            f"Calibration batch {index} has labels that are neither (batch,) nor (batch, seq).",
+            fix=f"Give a tensor of shape {tuple(shape[:1])} or {tuple(shape)}, or leave labels out.",
+        )
+    return labels
 
 
 def _identity(model: nn.Module, configs: Sequence[OneShot], batches: Sequence[Batch]) -> str:

@@ -223,7 +223,7 @@ def test_random_depends_on_the_seed_alone():
 
 def test_a_classifier_is_pruned_with_labels_or_by_magnitude(tiny_bert):
     batch = {"input_ids": pruned_models.chains(4, 10, 0), "labels": torch.tensor([0, 1, 2, 0])}
-    config(units=["mlp"], ratio=0.5).compress(tiny_bert, [batch])
+    luthier.compress(tiny_bert, config(units=["mlp"], ratio=0.5), calibration=[batch])
     assert tiny_bert.config.intermediate_size == 32
     with pytest.raises(MethodError, match="labels"):
         config(units=["mlp"], ratio=0.5).compress(tiny_bert, pruned_models.batches(count=1))

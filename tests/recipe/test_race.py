@@ -76,6 +76,16 @@ def test_the_largest_size_within_the_budget_starts(model):
     assert four.trainable == 4 * one.trainable
 
 
+def test_the_mlp_of_a_prefix_shrinks_before_the_prefix_does(model):
+    whole = sized(model, "prefix", 10**9)
+    assert whole.options == {"encoder_hidden_size": 512}
+    less = sized(model, "prefix", whole.trainable // 4)
+    assert less.options["encoder_hidden_size"] < 512
+    least = sized(model, "prefix", 2000)  # W_2 alone: 64 x 16
+    assert least.options["encoder_hidden_size"] == 16
+    assert least.options["num_virtual_tokens"] < 20
+
+
 def test_sizes_that_the_model_has_no_room_for_are_passed_over(model):
     assert sized(model, "top_layers", 10**9).options == {"k": 2}  # of the sizes 8, 4, 2, 1; it has two blocks
 

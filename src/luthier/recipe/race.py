@@ -49,6 +49,7 @@ RATES = {
 SIZES = {
     "r": (64, 32, 16, 8, 4, 2, 1),
     "bottleneck_dim": (256, 128, 64, 32, 16, 8, 4),
+    "encoder_hidden_size": (512, 256, 128, 64, 32, 16),
     "num_virtual_tokens": (100, 50, 20, 10, 5, 2, 1),
     "k": (8, 4, 2, 1),
 }
@@ -210,10 +211,13 @@ def _rates(name: str) -> tuple[float, ...]:
 def _size(base: dict[str, Any], name: str, budget: int | None) -> tuple[dict[str, Any], int]:
     """The options under which the method is as large as the budget allows, and its parameters."""
     known = [option.name for option in taxonomy.find(name, "tuning").options()]
-    knob = next((option for option in SIZES if option in known), None)
     tried: list[dict[str, Any]] = [{}]
-    if budget is not None and knob is not None:
-        tried = [{knob: size} for size in SIZES[knob]]
+    knobs = [option for option in SIZES if option in known]
+    if budget is not None and knobs:
+        tried, smallest = [], dict[str, Any]()
+        for knob in knobs:  # one after the other, each with those before at their smallest
+            tried += [smallest | {knob: size} for size in SIZES[knob]]
+            smallest[knob] = SIZES[knob][-1]
         if "lora_alpha" in known:
             tried = [options | {"lora_alpha": 2 * options["r"]} for options in tried]
     for options in tried[:-1]:

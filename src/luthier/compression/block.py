@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
 from luthier.compression.statistics import Statistic
@@ -184,6 +185,19 @@ def real_tokens(x: Tensor, mask: Tensor) -> Tensor:
     """Inputs (batch, seq, features), or flattened ones, without those of padding: (tokens, features)."""
     rows = x.flatten(0, -2)
     return rows[mask.flatten()] if len(rows) == mask.numel() and not mask.all() else rows
+
+
+def first_rows(value: Any, batch: int, rows: int) -> Any:
+    """Of what a block is called with for so many rows, what belongs to the first few of them.
+
+    Tensors that the rows of a batch share are left as they are.
+    """
+
+    def cut(part: Any) -> Any:
+        own = isinstance(part, Tensor) and part.dim() > 1 and len(part) == batch
+        return part[:rows] if own else part
+
+    return tree_map(cut, value)
 
 
 @contextmanager

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from luthier.compression.block import Block, real_tokens
+from luthier.compression.block import Block, first_rows, real_tokens
 from luthier.compression.linear import QuantizedLinear, dimensions
 
 TOLERANCE = 1e-4  # of a block's output, relative to what the block adds to its input, token by token
+TOKENS = 1024  # on which a change is tried, at most, and at least one row
 NEAREST = 8  # earlier layers that are tried as makers of a tensor, the last before it first
 MOST_SHARED = 64  # query heads that may share one head of values
 
@@ -231,13 +232,15 @@ class _Enough(Exception):
 
 
 class _Probe:
-    """A float32 copy of a block that is run on one batch, to see and to try."""
+    """A float32 copy of a block that is run on a few rows of the first batch, to see and to try."""
 
     def __init__(self, block: Block):
         self.module = copy.deepcopy(block.module).float()
-        self.hidden, self.mask = block.hidden[0].float(), block.masks[0]
+        batch, length = block.masks[0].shape
         call = block.calls[0]
-        self.arguments, self.options = _float(call.arguments), _float(call.options)
+        given = (block.hidden[0], block.masks[0], call.arguments, call.options)
+        part = first_rows(given, batch, -(-TOKENS // length))
+        self.hidden, self.mask, self.arguments, self.options = map(_float, part)
         config: Any = getattr(block.model, "config", None)
         heads = getattr(config, "num_attention_heads", None)
         self.head: int | None = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)

@@ -30,9 +30,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from luthier.compression.block import Block, real_tokens
+from luthier.compression.block import Block, first_rows, real_tokens
 from luthier.compression.folding import Row
 from luthier.compression.grid import Scheme, fit
 from luthier.compression.linear import dimensions, matrix, set_matrix
@@ -219,12 +218,8 @@ class Replay:
     def _catch(self, mask: Tensor, rows: int) -> Any:
         """Keeps the first rows (rows, seq, ...) of what the module is called with."""
 
-        def first(value: Any) -> Any:
-            whole = isinstance(value, Tensor) and value.dim() > 1 and len(value) == len(mask)
-            return value[:rows] if whole else value
-
         def hook(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            self._calls.append((*tree_map(first, (arguments, options)), mask[:rows]))
+            self._calls.append(first_rows((arguments, options, mask), len(mask), rows))
             raise _Caught
 
         return hook

@@ -137,7 +137,7 @@ def test_a_layer_that_no_token_reaches_is_named():
     batches = [batches[i] for i in torch.tensor(sums).argsort().tolist()]
     sums.sort()
     layer.mlp = Routed(layer.mlp, (sums[1] + sums[2]) / 2)
-    assert ["model.layers.0.mlp.spare"] in first_block(model, batches).groups()
+    assert any("model.layers.0.mlp.spare" in group for group in first_block(model, batches).groups())
     layer.mlp.above = torch.inf
     with pytest.raises(
         MethodError, match=r"layers\.0\.mlp\.spare is not used on the calibration data.*exclude"

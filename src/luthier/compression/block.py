@@ -88,14 +88,17 @@ class Block:
         """Output (batch, seq, hidden) of the block on one batch of its inputs."""
         return self.compute(index, module)
 
-    def compute(self, index: int, module: Any = None) -> Tensor:
+    def compute(self, index: int, module: Any = None, rows: int | None = None) -> Tensor:
         """The same, with gradients where they are switched on.
 
         Args:
             module: what is called in the block's place.
+            rows: on the first few rows of the batch only.
         """
-        call = self.calls[index]
-        made = (module or self.module)(self.hidden[index], *call.arguments, **call.options)
+        hidden, call = self.hidden[index], self.calls[index]
+        given = (hidden, call.arguments, call.options)
+        hidden, arguments, options = given if rows is None else first_rows(given, len(hidden), rows)
+        made = (module or self.module)(hidden, *arguments, **options)
         return made[0] if isinstance(made, tuple) else made
 
     def leave(self) -> None:
@@ -121,10 +124,11 @@ class Block:
 
             return hook
 
-        for index in range(len(self.hidden)):
+        # One row shows the layers of most blocks; experts wait for a token that goes to them.
+        for index, rows in [(0, 1), *((index, None) for index in range(len(self.hidden)))]:
             if waiting:
-                with hooked(dict(waiting), seen):
-                    self.run(index)
+                with torch.no_grad(), hooked(dict(waiting), seen):
+                    self.compute(index, rows=rows)
         if waiting:
             raise MethodError(
                 f"{min(waiting)} is not used on the calibration data: nothing is known of its inputs.",

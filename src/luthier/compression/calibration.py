@@ -104,18 +104,17 @@ def catch(
 ) -> tuple[list[Tensor], list[list[Call]], list[Tensor]]:
     """Hidden states before the first block, the calls of each block ([block][batch]), and the token masks.
 
-    The first batch runs through the whole model, to see whether all blocks are called alike. Where they are,
-    the others stop at the first block. Raises ModelError where a block is handed something else than the
-    output of the one before.
+    One row runs through the whole model, to see whether all blocks are called alike. Where they are, the
+    batches stop at the first block. Raises ModelError where a block is handed something else than the output
+    of the one before.
     """
     hidden: list[Tensor] = []
     calls: list[list[Call]] = [[] for _ in stack]
     masks: list[Tensor] = []
-    alike = False
+    _, seen = _run(model, stack, {name: part[:1] for name, part in batches[0].items()}, only_first=False)
+    alike = all(_same(seen[0], call) for call in seen)
     for batch in batches:
         first, seen = _run(model, stack, batch, only_first=alike)
-        if not hidden:
-            alike = all(_same(seen[0], call) for call in seen)
         hidden.append(first)
         for index, per_batch in enumerate(calls):
             per_batch.append(seen[0 if alike else index])

@@ -80,8 +80,8 @@ class Moments:
             return
         x = x.float()
         size = x.abs()
-        self._squares += x.square().sum(0, dtype=torch.float64)
-        self._magnitudes += size.sum(0, dtype=torch.float64)
+        self._squares += x.square().sum(0)
+        self._magnitudes += size.sum(0)
         self.peak = torch.maximum(self.peak, size.amax(0))
         self.low, self.high = torch.minimum(self.low, x.amin(0)), torch.maximum(self.high, x.amax(0))
         self.tokens += len(x)

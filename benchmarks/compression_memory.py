@@ -11,7 +11,6 @@ when the model and the windows were there is taken off.
 import argparse
 import ctypes
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -60,10 +59,8 @@ def measure(method: str, blocks: int, tokens: int) -> int:
 
 def highest() -> int:
     """Peak of resident memory since the mark was set."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ turns.
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -98,8 +97,13 @@ def work(file: Path) -> None:
     ids = json.loads((folder / "windows.json").read_text())
     place = folder / f"{job['method']}-{job['side']}"
     seconds = (with_luthier if job["side"] == "luthier" else with_peer)(job["method"], folder, ids, place)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "peak": peak}))
+    print(json.dumps({"seconds": seconds, "peak": peak()}))
+
+
+def peak() -> int:
+    """Highest resident memory of this process; getrusage would count that of the process that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def with_luthier(method: str, folder: Path, ids: list[list[int]], place: Path) -> float:

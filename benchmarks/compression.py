@@ -57,7 +57,7 @@ def inputs() -> list[Row]:
         found.append((f"rtn W8A8 {per}", [{"name": "rtn"} | both]))
         found.append((f"smoothquant W8A8 {per}", [{"name": "smoothquant"} | both]))
     found.append(("zeroquant W8A8", [{"name": "zeroquant", "bits": 8}]))
-    found.append(("rptq W4A8", [{"name": "rptq"}]))
+    found.append(("rptq W4A4, of norms A8", [{"name": "rptq"}]))
     found.append(("llm_int8", [{"name": "llm_int8"}]))
     low = {"bits": 4, "group_size": 64, "activation_bits": 8}
     found.append(("smoothquant then gptq W4A8", [{"name": "smoothquant"}, {"name": "gptq"} | low]))

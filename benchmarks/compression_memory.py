@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
-CASES = ((10, 8192), (20, 8192), (30, 8192), (30, 4096), (30, 16384), (30, 32768))  # blocks, tokens
+CASES = ((10, 8192), (20, 8192), (30, 8192), (30, 4096), (30, 16384))  # blocks, tokens
 LENGTH = 256
 
 

@@ -59,7 +59,11 @@ def naive_gptq(model, batches, config):
         block = Block(model, f"{name}.{index}", index, [], [], [])
         for layer in layers_as_they_work(model, batches, f"{name}.{index}"):
             parts = whole_run(model, batches, [layer])[layer]
-            hessian = sum(x.T @ x for x in parts) * (2 / sum(map(len, parts)))
+            x = torch.cat(parts)
+            if config.token_cap is not None:
+                square = x.square().sum(1, keepdim=True)
+                x = x * (config.token_cap * square.median() / square).clamp(max=1).sqrt()
+            hessian = x.T @ x * (2 / len(x))
             config.change_layer(block, layer, model.get_submodule(layer), hessian)
 
 
@@ -85,9 +89,10 @@ def logits(model):
         return model(small.batches(1, seed=9)[0]["input_ids"]).logits
 
 
+@pytest.mark.parametrize("cap", [None, 1.2])
 @pytest.mark.parametrize("family", small.MODELS)
-def test_gptq_is_that_of_whole_runs_before_each_layer(family):
-    config = method("gptq")(bits=3, group_size=16, token_cap=None)
+def test_gptq_is_that_of_whole_runs_before_each_layer(family, cap):
+    config = method("gptq")(bits=3, group_size=16, token_cap=cap)
     fast, slow = small.MODELS[family](), small.MODELS[family]()
     records = compress(fast, config, calibration=small.batches())
     naive_gptq(slow, small.batches(), config)

@@ -45,7 +45,9 @@ def test_rows_of_a_classifier_keep_their_class_and_are_padded(tmp_path, tiny_tok
     rows = [{"text": text, "label": "no" if "bad" in text else "yes"} for text in words]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (batch,) = batches(load(str(file)), tiny_tokenizer, samples=4, max_length=32)
+    (plain,) = batches(load(str(file)), tiny_tokenizer, samples=4, max_length=32)
+    assert plain.keys() == {"input_ids", "attention_mask"}  # a language model learns its tokens
+    (batch,) = batches(load(str(file)), tiny_tokenizer, samples=4, max_length=32, classes=True)
     assert batch["input_ids"].shape == batch["attention_mask"].shape
     for ids, mask, label in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
         text = tiny_tokenizer.decode(ids[mask.bool()], skip_special_tokens=True)

@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import luthier
 from luthier.compression import gptq_layout
@@ -58,12 +58,29 @@ def test_a_row_may_share_one_scale(tmp_path):
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["group_size"] == -1
 
 
-def test_what_is_not_the_model_is_noticed(tmp_path):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_code_that_is_another_is_noticed(tmp_path, bits):
+    model = rounded(bits)
+    folder = gptq_layout.save(model, tmp_path / "gptq")
+    codes = quantized_layers(model)["model.layers.0.mlp.up_proj"].codes
+    row = int(codes.abs().sum(1).argmin())  # where one step is least beside the largest weight
+    codes[row, 5] += 1 if codes[row, 5] < 0 else -1
+    with pytest.raises(CheckError, match="weights after reading"):
+        gptq_layout.verify(folder, model)
+
+
+def test_another_tensor_that_is_changed_or_missing_is_noticed(tmp_path):
     model = rounded()
     folder = gptq_layout.save(model, tmp_path / "gptq")
-    layer = quantized_layers(model)["model.layers.0.mlp.up_proj"]
-    layer.codes[3, 5] += 1
-    with pytest.raises(CheckError, match="weights after reading"):
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    with pytest.raises(CheckError, match=r"other tensors.*model\.norm\.weight"):
+        gptq_layout.verify(folder, model)
+    model = rounded()
+    found = load_file(folder / "model.safetensors")
+    del found["model.layers.0.input_layernorm.weight"]
+    save_file(found, folder / "model.safetensors")
+    with pytest.raises(CheckError, match="input_layernorm"):
         gptq_layout.verify(folder, model)
 
 

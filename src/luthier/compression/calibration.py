@@ -52,7 +52,7 @@ def calibrate(
     """Change the blocks of a model one after the other.
 
     Args:
-        batches: `{"input_ids": (batch, seq), "attention_mask": (batch, seq)}`.
+        batches: `{"input_ids": (batch, seq), "attention_mask": (batch, seq)}`; labels are not looked at.
         change: changes a block in place and says what became of each layer.
         folder: where the state of finished blocks is kept, until the caller has saved the model and removes
             it; None keeps none.
@@ -153,7 +153,8 @@ def _run(
         device = model.get_input_embeddings().weight.device
         with torch.no_grad(), suppress(_Caught):
             base = structure.base(model).base_model
-            base(**{key: value.to(device) for key, value in batch.items()}, **_no_cache(base))
+            inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+            base(**inputs, **_no_cache(base))
     finally:
         for handle in handles:
             handle.remove()

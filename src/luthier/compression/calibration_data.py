@@ -15,15 +15,26 @@ from luthier.errors import DataError
 TOKENS = 4096  # of a batch: enough for products at full speed, little memory
 
 
-def batches(loaded: Loaded, tokenizer: Any, *, samples: int, max_length: int, seed: int = 0) -> list[Batch]:
+def batches(
+    loaded: Loaded,
+    tokenizer: Any,
+    *,
+    samples: int,
+    max_length: int,
+    seed: int = 0,
+    classes: bool = False,
+) -> list[Batch]:
     """Windows of texts and conversations that follow one another, or rows of a classifier.
 
     Texts are joined and cut into windows of `max_length` tokens without padding; conversations go through the
     chat template first. Of the windows `samples` are drawn, spread evenly over the data.
 
+    Args:
+        classes: give rows of texts and labels the number of their class, for a model that classifies.
+
     Returns:
-        `{"input_ids": (batch, seq), "attention_mask": (batch, seq)}`, int64; rows of a classifier have their
-        class beside, `"labels": (batch,)`.
+        `{"input_ids": (batch, seq), "attention_mask": (batch, seq)}`, int64; with `classes` also
+        `"labels": (batch,)`.
 
     Raises:
         DataError: the data do not fill one window, or are of a type that holds no text.
@@ -31,7 +42,8 @@ def batches(loaded: Loaded, tokenizer: Any, *, samples: int, max_length: int, se
     if loaded.type == "classification":
         found = encode_classification(loaded, tokenizer, max_length=max_length).dataset
         pairs = list(zip(map(list, found["input_ids"]), found["labels"], strict=True))
-        return _padded(_spread(pairs, samples, seed), tokenizer, max_length)
+        made = _padded(_spread(pairs, samples, seed), tokenizer, max_length)
+        return made if classes else [{k: v for k, v in batch.items() if k != "labels"} for batch in made]
     rows = _rows(loaded, tokenizer)
     ids = [token for row in rows for token in row]
     windows = [ids[i : i + max_length] for i in range(0, len(ids) - max_length + 1, max_length)]

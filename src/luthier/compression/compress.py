@@ -107,8 +107,7 @@ def _one_pass(
     wanting = next((c for c in configs if c.wants_data), None)
     if wanting is None:
         return [record for block in chain(model) for record in change(block)]
-    inputs = ("input_ids", "attention_mask")
-    batches = [{key: b[key] for key in inputs if key in b} for b in _required(wanting, batches)]
+    batches = _required(wanting, batches)
     identity = "" if folder is None else _identity(model, configs, batches)
     return calibrate(model, batches, change, folder=folder, identity=identity)
 

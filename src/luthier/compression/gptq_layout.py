@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -31,6 +31,8 @@ from luthier.terminal import no_bars
 
 BITS = (2, 3, 4, 8)
 MULTIPLE = 32  # features, both in and out
+PARTS = ("qweight", "qzeros", "scales", "g_idx")  # of a layer in the layout
+OWN = ("codes", "scale", "zero")  # of a layer in memory
 SMALLEST = 2.0**-14  # a scale below it loses bits in half precision
 
 
@@ -91,7 +93,7 @@ def save(model: Any, folder: Path | str, tokenizer: PreTrainedTokenizerBase | No
     layers = require(model)
 
     def write(place: Path) -> None:
-        parts = {f"{name}.{part}" for name in layers for part in ("codes", "scale", "zero")}
+        parts = {f"{name}.{part}" for name in layers for part in OWN}
         state = {key: value for key, value in model.state_dict().items() if key not in parts}
         for name, layer in layers.items():
             state |= {f"{name}.{key}": value for key, value in tensors(layer).items()}
@@ -136,23 +138,28 @@ def _config(layer: QuantizedLinear) -> dict[str, Any]:
     }
 
 
-def verify(folder: Path, model: nn.Module) -> None:
-    """Prove that a folder holds the model: its tensors, unpacked again, are the weights of its layers.
+def verify(folder: Path, model: Any) -> None:
+    """Prove that a folder holds the model: its codes, unpacked again, are the weights; the rest is equal.
 
-    transformers needs gptqmodel, and mostly a GPU, to run such a folder; here the files are read.
+    transformers needs gptqmodel to run such a folder; here the files are read.
 
     Raises:
-        CheckError: a weight differs by more than the rounding of its scale.
+        CheckError: a weight differs by more than the rounding of its scale, or another tensor differs.
     """
+    files = {key: t for file in folder.glob("*.safetensors") for key, t in load_file(file).items()}
+    layers, state = quantized_layers(model), model.state_dict()
     worst, where = 0.0, ""
-    files = {key: file for file in sorted(folder.glob("*.safetensors")) for key in _keys(file)}
-    for name, layer in quantized_layers(model).items():
-        found = {part: _read(files, f"{name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")}
-        weight = unpack(found, layer.scheme.bits)  # (N, K)
-        expected = layer.whole_weight()
-        error = float(((weight - expected).abs() / expected.abs().amax().clamp_min(1e-30)).max())
-        worst, where = max((worst, where), (error, name))
+    for name, layer in layers.items():
+        found = {part: files.pop(f"{name}.{part}") for part in PARTS}
+        expected = layer.whole_weight().cpu()  # (N, K)
+        error = (unpack(found, layer.scheme.bits) - expected).abs() / expected.abs().clamp_min(1e-30)
+        worst, where = max((worst, where), (float(error.max()), name))
     checks.record("export", "weights after reading", worst <= 2**-10, worst, 2**-10, where)
+    held = {state[key].data_ptr() for key in files.keys() & state.keys()}  # what is tied is written once
+    rest = state.keys() - {f"{name}.{part}" for name in layers for part in OWN}
+    wrong = [key for key in rest if key not in files and state[key].data_ptr() not in held]
+    wrong += [key for key, t in files.items() if key not in rest or not torch.equal(t, state[key].cpu())]
+    checks.record("export", "other tensors after reading", not wrong, detail=", ".join(wrong))
 
 
 def unpack(found: dict[str, Tensor], bits: int) -> Tensor:
@@ -168,14 +175,3 @@ def _bits(packed: Tensor, bits: int) -> Tensor:
     stream = (packed[..., None] >> torch.arange(32, dtype=torch.int32)) & 1  # (rows, words, 32)
     numbers = stream.reshape(len(packed), -1, bits)
     return (numbers << torch.arange(bits, dtype=torch.int32)).sum(-1)
-
-
-def _keys(file: Path) -> list[str]:
-    with safe_open(file, "pt") as opened:
-        return list(opened.keys())
-
-
-def _read(files: dict[str, Path], key: str) -> Tensor:
-    with safe_open(files[key], "pt") as opened:
-        found: Tensor = opened.get_tensor(key)
-        return found

@@ -32,6 +32,7 @@ import luthier.models.per_layer  # noqa: F401  (AutoConfig knows its model type 
 from luthier import checks
 from luthier.acceleration import fused_lora, fused_mlp, fused_norm
 from luthier.acceleration.losses import BLOCK, CACHE_ROWS
+from luthier.compression.calibration import choose_layers
 from luthier.models import structure
 from luthier.models.placement import Placement
 from luthier.tuning.attach import adapt
@@ -113,33 +114,24 @@ def compressed_away(model: nn.Module, methods: Sequence[Any]) -> int:
 
     A weight on a grid keeps its bits and its part of a scale; a layer that loses units is counted by the
     share that stays; zeros are saved as they are.
+
+    Raises:
+        MethodError: `targets` or `exclude` name no layer.
     """
+    layers = structure.linears(model)
+    own = [choose_layers(model, getattr(m, "targets", []), getattr(m, "exclude", [])) for m in methods]
     total = 0.0
-    for name, layer in structure.linears(model).items():
-        weight = layer.weight
-        if layer is structure.base(model).get_output_embeddings():
-            continue
+    for name in set().union(*own):
+        weight: Any = layers[name].weight
         count, bits = float(weight.numel()), 8.0 * weight.element_size()
-        for method in methods:
-            if not _touches(method, name):
-                continue
+        for method in (m for m, names in zip(methods, own, strict=True) if name in names):
             count *= 1 - getattr(method, "ratio", 0)
-            if (own := getattr(method, "bits", None)) is not None:
-                bits = own + 16 / (getattr(method, "group_size", None) or weight.shape[-1])
+            if (width := getattr(method, "bits", None)) is not None:
+                bits = width + 16 / (getattr(method, "group_size", None) or weight.shape[-1])
             elif getattr(method, "quantizes", False):
                 bits = 8
-        total += (8 * weight.numel() * weight.element_size() - count * bits) / 8
+        total += weight.nbytes - count * bits / 8
     return round(total)
-
-
-def _touches(method: Any, name: str) -> bool:
-    """Whether a method works on a layer, as its `targets` and `exclude` say."""
-
-    def named(patterns: Sequence[str]) -> bool:
-        return any(name == p or name.endswith(f".{p}") for p in patterns)
-
-    targets = getattr(method, "targets", [])
-    return (not targets or named(targets)) and not named(getattr(method, "exclude", []))
 
 
 def simulate(

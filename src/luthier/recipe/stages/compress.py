@@ -8,6 +8,7 @@ from typing import Any
 from luthier.compression.calibration_data import batches
 from luthier.compression.compress import compress
 from luthier.compression.records import Record
+from luthier.models import structure
 from luthier.models.saving import save, verify_export
 from luthier.recipe.context import Context
 from luthier.recipe.leakage import stage_data
@@ -30,7 +31,8 @@ def run(stage: CompressStage, context: Context) -> StageResult:
     if stage.calibration is not None:
         data, _ = stage_data(stage, context.work)
         size = {"samples": stage.calibration.samples, "max_length": stage.calibration.max_length}
-        given = batches(data, tokenizer, **size, seed=context.recipe.seed)
+        classes = structure.task(model) == "classification"
+        given = batches(data, tokenizer, **size, seed=context.recipe.seed, classes=classes)
         tokens = sum(int(batch["attention_mask"].sum()) for batch in given)
         details = {"data": data.report.as_dict(), "calibration_tokens": tokens}
         log.info("calibration: %d tokens of %s", tokens, data.spec.path)

@@ -113,7 +113,7 @@ def with_luthier(method: str, folder: Path, ids: list[list[int]], place: Path) -
 
     model, _ = luthier.load(folder / "model", dtype="float32", device="cpu")
     batches = [
-        {"input_ids": part, "attention_mask": torch.ones_like(part)} for part in torch.tensor(ids).split(8)
+        {"input_ids": part, "attention_mask": torch.ones_like(part)} for part in torch.tensor(ids).split(2)
     ]
     start = time.perf_counter()
     luthier.compress(model, luthier.method(method)(**CASES[method]), calibration=batches)

@@ -11,7 +11,6 @@ model's own loss is not assumed but tried, once for each model, on a few tokens 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 
 from luthier.acceleration.losses import IGNORED, linear_cross_entropy, module_cross_entropy
+from luthier.acceleration.replaced import stood_in
 from luthier.models import structure
 from luthier.tuning.probe import evaluating
 
@@ -73,16 +73,8 @@ def label_only(model: nn.Module) -> Iterator[None]:
 
     The loss is the sum over the labelled tokens divided by `num_items_in_batch`, or by their number.
     """
-    base = structure.base(model)
-    before = base.__dict__.get("forward")  # accelerate may have put its own there
-    base.forward = MethodType(_forward, base)
-    try:
+    with stood_in(structure.base(model), _forward):
         yield
-    finally:
-        if before is None:
-            del base.forward
-        else:
-            base.forward = before
 
 
 def _forward(

@@ -5,8 +5,8 @@ the block: layers that are handed the very same tensor are one *group* (q, k, v;
 one after the other.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
+from luthier.acceleration.float32 import LinearLayers
+from luthier.acceleration.replaced import stood_in
 from luthier.compression.statistics import Statistic
 from luthier.errors import MethodError
 
@@ -52,10 +54,22 @@ class Block:
         self.model, self.name, self.index = model, name, index
         self.hidden, self.calls, self.masks = hidden, calls, masks
         self._chosen: set[str] = set()
+        self._settled: set[str] = set()
+        self._known: dict[tuple[str, int], Any] = {}  # by module and batch
 
     def choose(self, names: set[str]) -> None:
-        """From now on `layers` are those of these full names."""
+        """From now on `layers` are those of these full names, and none is settled."""
         self._chosen = names
+        self._settled.clear()
+        self._known.clear()
+
+    def settle(self, names: Iterable[str]) -> None:
+        """Say that these layers, and all that work before them, will change no more.
+
+        A part of the block with nothing but settled layers (attention, say) is then run once more on each
+        batch; its output, one more set of hidden states, stands in for it until the block is left.
+        """
+        self._settled |= set(names)
 
     @property
     def module(self) -> nn.Module:
@@ -86,7 +100,43 @@ class Block:
     @torch.no_grad()
     def run(self, index: int, module: Any = None) -> Tensor:
         """Output (batch, seq, hidden) of the block on one batch of its inputs."""
-        return self.compute(index, module)
+        with self._knowing(index) if module is None else nullcontext():
+            return self.compute(index, module)
+
+    @contextmanager
+    def _knowing(self, index: int) -> Iterator[None]:
+        """Let settled parts give what they gave on this batch, or keep it when they are run."""
+        shape = self.hidden[index].shape
+
+        def known(key: tuple[str, int]) -> Any:
+            return lambda *_, **__: self._known[key]
+
+        def keep(key: tuple[str, int]) -> Any:
+            def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+                made = output[0] if isinstance(output, tuple) else output
+                if isinstance(made, Tensor) and made.shape == shape:  # nothing wider is worth its memory
+                    self._known[key] = output
+
+            return hook
+
+        with ExitStack() as stack:
+            for name, part in self._settled_parts():
+                key = (name, index)
+                if key in self._known:
+                    stack.enter_context(stood_in(part, known(key)))
+                else:
+                    stack.callback(part.register_forward_hook(keep(key)).remove)
+            yield
+
+    def _settled_parts(self) -> list[tuple[str, nn.Module]]:
+        """Modules of the block, no single layers, that hold settled layers and none that may still change."""
+        waiting = self._chosen - self._settled
+
+        def holds(name: str, layers: set[str]) -> bool:
+            return any(layer.startswith(f"{self.name}.{name}.") for layer in layers)
+
+        parts = self.module.named_children()
+        return [(n, m) for n, m in parts if holds(n, self._settled) and not holds(n, waiting)]
 
     def compute(self, index: int, module: Any = None, rows: int | None = None) -> Tensor:
         """The same, with gradients where they are switched on.
@@ -98,13 +148,16 @@ class Block:
         hidden, call = self.hidden[index], self.calls[index]
         given = (hidden, call.arguments, call.options)
         hidden, arguments, options = given if rows is None else first_rows(given, len(hidden), rows)
-        made = (module or self.module)(hidden, *arguments, **options)
+        with LinearLayers():
+            made = (module or self.module)(hidden, *arguments, **options)
         return made[0] if isinstance(made, tuple) else made
 
     def leave(self) -> None:
         """Replace each batch of inputs by the block's output as it now is: the next block's inputs."""
         for index in range(len(self.hidden)):
             self.hidden[index] = self.run(index)
+            for name, _ in self._settled_parts():
+                self._known.pop((name, index), None)
 
     def groups(self) -> list[list[str]]:
         """Names of the layers that read one and the same tensor, group by group as they work.

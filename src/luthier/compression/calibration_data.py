@@ -12,7 +12,7 @@ from luthier.data.masking import plain_ids
 from luthier.data.tokenize import encode, encode_classification
 from luthier.errors import DataError
 
-TOKENS = 4096  # of a batch: enough for products at full speed, little memory
+TOKENS = 1024  # of a batch: enough for products at full speed, little memory
 
 
 def batches(

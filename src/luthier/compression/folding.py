@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from luthier.acceleration.float32 import LinearLayers
 from luthier.compression.block import Block, first_rows, real_tokens
 from luthier.compression.linear import QuantizedLinear, dimensions
 
@@ -294,7 +295,8 @@ class _Probe:
 
     @torch.no_grad()
     def run(self, root: nn.Module) -> Tensor:
-        made = root(self.hidden, *self.arguments, **self.options)
+        with LinearLayers():
+            made = root(self.hidden, *self.arguments, **self.options)
         return real_tokens(made[0] if isinstance(made, tuple) else made, self.mask)
 
     def readers(self, key: _Key) -> tuple[str, ...]:

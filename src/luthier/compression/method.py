@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from luthier.acceleration.float32 import linear
 from luthier.compression import masks
 from luthier.compression.block import Block
 from luthier.compression.grid import Grid, Scheme, activation_step, fit, require_divides
@@ -78,11 +79,13 @@ class LayerByLayer(OneShot):
             layers = block.layers()
             hessian = Hessian(dimensions(layers[names[0]])[1], block.device, self.token_cap)
             block.observe({names[0]: hessian})
+            value = hessian.value
             for name in names:
                 start = time.perf_counter()
-                record = self.for_layer(name).change_layer(block, name, layers[name], hessian.value)
+                record = self.for_layer(name).change_layer(block, name, layers[name], value)
                 record.seconds = time.perf_counter() - start
                 yield record
+            block.settle(names)
 
     def change_layer(self, block: Block, name: str, layer: nn.Module, hessian: Tensor) -> Record:
         """Change one layer in place, or put another in its place (`block.replace`).
@@ -206,4 +209,4 @@ def weight_error(change: Tensor, weight: Tensor) -> float:
 
 def _square(weight: Tensor, hessian: Tensor) -> Tensor:
     """tr(W H W^T): the squared output, up to the factor of H. Of a vector as if H were diagonal."""
-    return ((weight * hessian if hessian.dim() == 1 else weight @ hessian) * weight).sum()
+    return ((weight * hessian if hessian.dim() == 1 else linear(weight, hessian)) * weight).sum()

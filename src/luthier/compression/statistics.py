@@ -9,7 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from luthier.acceleration.float32 import linear
+
 FIRST = 2048  # tokens whose median says what is usual
+STRIP = 192  # rows of a Hessian that one product makes; of each only what lies right of the diagonal
 
 
 class Statistic(Protocol):
@@ -46,7 +49,8 @@ class Hessian:
     def value(self) -> Tensor:
         if self._first:
             self._settle()
-        return self._sum * (2 / max(1, self.tokens))
+        upper = self._sum.triu()
+        return upper.add_(upper.triu(1).T).mul_(2 / max(1, self.tokens))
 
     def _settle(self) -> None:
         """Take the median of what was seen first, and count it."""
@@ -61,7 +65,10 @@ class Hessian:
         if self._most < torch.inf:
             square = x.square().sum(1, keepdim=True)
             x = x * (self._most / square.clamp_min(1e-30)).clamp(max=1).sqrt()
-        self._sum.addmm_(x.T, x)
+        columns = x.T.contiguous()  # (features, tokens)
+        for start in range(0, len(columns), STRIP):
+            strip = slice(start, start + STRIP)
+            self._sum[strip, start:] += linear(columns[strip], columns[start:])
 
 
 class Moments:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from luthier.compression.grid import Grid
 from luthier.errors import MethodError
@@ -24,6 +25,8 @@ from luthier.errors import MethodError
 log = logging.getLogger("luthier.compression")
 
 MOST_DAMPING = 10.0
+LEAF = 64  # size from which on a triangle is inverted at once
+_FACTORS = WeakIdKeyDictionary()  # of each Hessian that is in use the last factor
 
 
 @dataclass
@@ -66,10 +69,11 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     while True:
         damped = hessian.clone()
         damped.diagonal().add_(used * mean)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        # The factor of H with its columns in the opposite order is R of H = R R^T, so that U = R^-1.
+        factor, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-            if not failed and torch.isfinite(upper).all():
+            upper = _inverse(factor.flip(0, 1))
+            if torch.isfinite(upper).all():
                 break
         used = max(10 * used, 1e-4)
         if used > MOST_DAMPING:
@@ -77,6 +81,32 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     if used > damping:
         log.warning("a Hessian was not positive definite: damping raised from %g to %g", damping, used)
     return upper, used
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix, half by half: most of it are products."""
+    size = len(upper)
+    if size <= LEAF:
+        return torch.linalg.solve_triangular(upper, torch.eye(size).to(upper), upper=True)
+    half = size // 2
+    first, last = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
+    found = torch.zeros_like(upper)
+    found[:half, :half], found[half:, half:] = first, last
+    found[:half, half:] = -(first @ upper[:half, half:] @ last)
+    return found
+
+
+def _factor_in_order(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
+    """U of H with its columns in an order, and its damping. Layers that share an H share it too."""
+    version, known_order, known_damping, found = _FACTORS.get(hessian, (None, None, None, None))
+    if version == hessian._version and known_damping == damping and torch.equal(known_order, order):
+        return found
+    ordered = hessian[order][:, order]
+    diagonal = ordered.diagonal()
+    diagonal[diagonal == 0] = 1
+    found = inverse_factor(ordered, damping)
+    _FACTORS[hessian] = (hessian._version, order, damping, found)
+    return found
 
 
 def sweep(
@@ -103,13 +133,10 @@ def sweep(
     """
     columns = weight.shape[1]
     order = torch.arange(columns, device=weight.device) if order is None else order
-    hessian = hessian.clone()
-    dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1
     w = weight.clone()
-    w[:, dead] = 0
+    w[:, hessian.diagonal() == 0] = 0
     w = w[:, order].contiguous()
-    upper, used = inverse_factor(hessian[order][:, order], damping)
+    upper, used = _factor_in_order(hessian, order, damping)
     errors = torch.zeros_like(w)
     block = -(-block // look_every) * look_every if look is not None else block
     for start in range(0, columns, block):

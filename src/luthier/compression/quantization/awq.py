@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.acceleration.float32 import LinearLayers, linear
 from luthier.compression.block import Block, first_rows, real_tokens
 from luthier.compression.folding import Row
 from luthier.compression.grid import Scheme, fit
@@ -116,7 +117,7 @@ class Config(Scaling):
 
             def alone(factors: Tensor) -> float:
                 change = rounded(name, factors) - weight
-                return float(((change @ hessian) * change).sum())
+                return float((linear(change, hessian) * change).sum())
 
             yield alone
             return
@@ -229,6 +230,7 @@ class Replay:
         """Outputs (tokens, features) without padding, float32."""
         found = []
         for arguments, options, mask in self._calls:
-            made = self._module(*arguments, **options)
+            with LinearLayers():
+                made = self._module(*arguments, **options)
             found.append(real_tokens(made[0] if isinstance(made, tuple) else made, mask).float())
         return found

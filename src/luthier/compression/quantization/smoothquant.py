@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from luthier.acceleration.float32 import linear
 from luthier.compression.block import Block
 from luthier.compression.folding import Row
 from luthier.compression.grid import Scheme, fit, round_activations
@@ -122,8 +123,8 @@ def scheme_error(x: Tensor, weights: list[Tensor], factors: Tensor, scheme: Sche
         divided = round_activations(divided, scheme.activation_bits, per)
     lost, whole = 0.0, 0.0
     for weight in weights:
-        exact = x @ weight.T
+        exact = linear(x, weight)
         scaled = weight * factors
-        lost += float((divided @ fit(scaled, scheme).round(scaled).T - exact).square().sum())
+        lost += float((linear(divided, fit(scaled, scheme).round(scaled)) - exact).square().sum())
         whole += float(exact.square().sum())
     return lost / max(whole, torch.finfo().tiny)

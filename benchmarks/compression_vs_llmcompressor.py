@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--samples", type=int, default=16, help="windows of 512 tokens")
     parser.add_argument("--sides", nargs="+", default=["luthier", "peer"], choices=["luthier", "peer"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--work", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.work:
@@ -54,7 +55,7 @@ def main() -> None:
         print("| method | side | seconds | peak GB | perplexity |\n|---|---|--:|--:|--:|")
         for method in given.only:
             for side in given.sides:
-                found = measure(side, method, folder, given.peer)
+                found = measure(side, method, folder, given)
                 quality = perplexity(folder / f"{method}-{side}", folder)
                 cells = [f"{found['seconds']:.1f}", f"{found['peak'] / 1e9:.2f}", f"{quality:.2f}"]
                 print(f"| {method} | {side} | {' | '.join(cells)} |", flush=True)
@@ -74,11 +75,11 @@ def prepare(folder: Path, samples: int) -> None:
     (folder / "windows.json").write_text(json.dumps(ids))
 
 
-def measure(side: str, method: str, folder: Path, peer: str | None) -> dict[str, Any]:
-    job = {"side": side, "method": method, "folder": str(folder)}
+def measure(side: str, method: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    job = {"side": side, "method": method, "folder": str(folder), "dtype": given.dtype}
     file = folder / "job.json"
     file.write_text(json.dumps(job))
-    python = sys.executable if side == "luthier" else peer
+    python = sys.executable if side == "luthier" else given.peer
     if python is None:
         raise SystemExit("Give --peer, the Python of llm-compressor's environment, or --sides luthier.")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -96,7 +97,8 @@ def work(file: Path) -> None:
     folder = Path(job["folder"])
     ids = json.loads((folder / "windows.json").read_text())
     place = folder / f"{job['method']}-{job['side']}"
-    seconds = (with_luthier if job["side"] == "luthier" else with_peer)(job["method"], folder, ids, place)
+    run = with_luthier if job["side"] == "luthier" else with_peer
+    seconds = run(job["method"], folder, ids, place, job["dtype"])
     print(json.dumps({"seconds": seconds, "peak": peak()}))
 
 
@@ -106,12 +108,12 @@ def peak() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def with_luthier(method: str, folder: Path, ids: list[list[int]], place: Path) -> float:
+def with_luthier(method: str, folder: Path, ids: list[list[int]], place: Path, dtype: str) -> float:
     import torch
 
     import luthier
 
-    model, _ = luthier.load(folder / "model", dtype="float32", device="cpu")
+    model, _ = luthier.load(folder / "model", dtype=dtype, device="cpu")
     batches = [
         {"input_ids": part, "attention_mask": torch.ones_like(part)} for part in torch.tensor(ids).split(2)
     ]
@@ -122,13 +124,12 @@ def with_luthier(method: str, folder: Path, ids: list[list[int]], place: Path) -
     return seconds
 
 
-def with_peer(method: str, folder: Path, ids: list[list[int]], place: Path) -> float:
-    import torch
+def with_peer(method: str, folder: Path, ids: list[list[int]], place: Path, dtype: str) -> float:
     from datasets import Dataset
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
     data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
     start = time.perf_counter()
     oneshot(

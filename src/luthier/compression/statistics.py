@@ -49,8 +49,11 @@ class Hessian:
     def value(self) -> Tensor:
         if self._first:
             self._settle()
-        upper = self._sum.triu()
-        return upper.add_(upper.triu(1).T).mul_(2 / max(1, self.tokens))
+        found = self._sum * (2 / max(1, self.tokens))
+        for start in range(STRIP, len(found), STRIP):
+            strip = slice(start, start + STRIP)
+            found[strip, :start] = found[:start, strip].T
+        return found
 
     def _settle(self) -> None:
         """Take the median of what was seen first, and count it."""

@@ -52,10 +52,14 @@ Look = Callable[[Tensor, Tensor, Tensor], Tensor | None]
 the mask of entries (rows, n) that become zero, or None where none does."""
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:
     """U of H^-1 = U^T U with `damping` of the mean diagonal added, and the damping that was needed.
 
     Where H is not positive definite even so, the damping is raised tenfold until it is, and this is said.
+
+    Args:
+        order: indices of the columns in their order in U; default: that of H. An input that is always zero
+            counts as if it had 1 on the diagonal.
 
     Raises:
         MethodError: no damping helps: the inputs are not finite.
@@ -64,13 +68,16 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
         raise MethodError(
             "The inputs of a layer are not finite on the calibration data.", fix="Use another dtype or data."
         )
-    mean = hessian.diagonal().mean()
+    order = torch.arange(len(hessian), device=hessian.device) if order is None else order
+    # With its columns in the opposite order H has the factor R of H = R R^T, so that U = R^-1.
+    back = order.flip(0)
     used = damping
     while True:
-        damped = hessian.clone()
-        damped.diagonal().add_(used * mean)
-        # The factor of H with its columns in the opposite order is R of H = R R^T, so that U = R^-1.
-        factor, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        damped = hessian[back[:, None], back]
+        diagonal = damped.diagonal()
+        diagonal[diagonal == 0] = 1
+        diagonal.add_(used * diagonal.mean())
+        factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             upper = _inverse(factor.flip(0, 1))
             if torch.isfinite(upper).all():
@@ -101,10 +108,7 @@ def _factor_in_order(hessian: Tensor, order: Tensor, damping: float) -> tuple[Te
     version, known_order, known_damping, found = _FACTORS.get(hessian, (None, None, None, None))
     if version == hessian._version and known_damping == damping and torch.equal(known_order, order):
         return found
-    ordered = hessian[order][:, order]
-    diagonal = ordered.diagonal()
-    diagonal[diagonal == 0] = 1
-    found = inverse_factor(ordered, damping)
+    found = inverse_factor(hessian, damping, order)
     _FACTORS[hessian] = (hessian._version, order, damping, found)
     return found
 

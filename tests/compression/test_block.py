@@ -6,7 +6,7 @@ import tiny
 import torch
 from torch import nn
 
-from luthier.compression.block import Block, real_tokens
+from luthier.compression.block import Block, Call, real_tokens
 from luthier.compression.calibration import catch
 from luthier.compression.linear import dimensions
 from luthier.compression.statistics import Hessian, Moments
@@ -163,3 +163,65 @@ def test_tokens_are_told_from_padding_in_either_shape():
     assert torch.equal(real_tokens(x.flatten(0, 1), mask), expected)
     routed = x.flatten(0, 1)[:4]  # tokens that went to an expert: which of them are padding is not known
     assert torch.equal(real_tokens(routed, mask), routed)
+
+
+def runs_of(module):
+    """A list that grows with each run of a module's own forward."""
+    found, plain = [], module.forward
+
+    def forward(*arguments, **options):
+        found.append(1)
+        return plain(*arguments, **options)
+
+    module.forward = forward
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "opt"])
+def test_what_is_settled_is_run_once_more_and_gives_what_it_gave(family):
+    model, batches = small.MODELS[family](), small.batches()
+    block = first_block(model, batches)
+    name = next(n for n in ("self_attn", "attn", "attention") if hasattr(block.module, n))
+    inside = {n for n in block.all_layers() if n.startswith(f"{block.name}.{name}.")}
+    exact = [block.run(index) for index in range(len(batches))]
+    runs = runs_of(getattr(block.module, name))
+    for layers in ([], sorted(inside)[:1]):  # nothing, and a part of it
+        block.settle(layers)
+        block.run(0)
+    assert len(runs) == 2
+    block.settle(inside)
+    for _ in range(3):
+        assert all(torch.equal(block.run(index), exact[index]) for index in range(len(batches)))
+    assert len(runs) == 2 + len(batches)
+    assert block.run(0).data_ptr() != block.run(0).data_ptr()
+    block.choose(set(block.all_layers()))
+    block.run(0)
+    assert len(runs) == 3 + len(batches)  # another method may change what was settled
+    block.settle(inside)
+    block.run(1)
+    block.leave()
+    assert all(torch.equal(found, wanted) for found, wanted in zip(block.hidden, exact, strict=True))
+    assert len(runs) == 3 + 2 * len(batches)
+
+
+def test_a_settled_part_that_works_twice_or_gives_more_than_the_hidden_state_is_run_each_time():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.wide = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 24))
+
+        def forward(self, hidden):
+            return (
+                self.first(hidden) + self.first(hidden + 1) + self.wide(hidden).unflatten(-1, (3, 8)).sum(-2)
+            )
+
+    root = nn.Module()
+    root.block = Twice()
+    hidden = torch.randn(2, 5, 8)
+    block = Block(root, "block", 0, [hidden], [Call((), {})], [torch.ones(2, 5, dtype=torch.bool)])
+    block.choose(set(block.all_layers()))
+    block.settle(block.all_layers())
+    runs = runs_of(root.block.first), runs_of(root.block.wide)
+    exact = root.block(hidden)
+    assert all(torch.allclose(block.run(0), exact, atol=1e-6) for _ in range(2))
+    assert [len(found) for found in runs] == [6, 3]

@@ -163,7 +163,9 @@ def test_the_hidden_states_that_are_held_do_not_grow_with_the_depth():
             gc.unfreeze()
         peaks[depth] = max(counts)
     assert peaks[9] == peaks[2]
-    assert 5 <= peaks[2] <= 2 * 5 + 3  # inputs of the block, and outputs of its attention once that is settled
+    assert (
+        5 <= peaks[2] <= 2 * 5 + 3
+    )  # inputs of the block, and outputs of its attention once that is settled
 
 
 class Killed(BaseException):

@@ -107,6 +107,7 @@ class Block:
     def _knowing(self, index: int) -> Iterator[None]:
         """Let settled parts give what they gave on this batch, or keep it when they are run."""
         shape = self.hidden[index].shape
+        ran: set[tuple[str, int]] = set()
 
         def known(key: tuple[str, int]) -> Any:
             return lambda *_, **__: self._known[key]
@@ -114,8 +115,11 @@ class Block:
         def keep(key: tuple[str, int]) -> Any:
             def hook(_: nn.Module, inputs: Any, output: Any) -> None:
                 made = output[0] if isinstance(output, tuple) else output
-                if isinstance(made, Tensor) and made.shape == shape:  # nothing wider is worth its memory
+                if key in ran:  # a part that works twice has two outputs
+                    self._known.pop(key, None)
+                elif isinstance(made, Tensor) and made.shape == shape:  # nothing wider is worth its memory
                     self._known[key] = output
+                ran.add(key)
 
             return hook
 

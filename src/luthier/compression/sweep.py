@@ -169,19 +169,18 @@ def _sweep_block(
     lost = torch.zeros_like(part)
     diagonal = factor.diagonal()
     mask: Tensor | None = None
-    indices = order[start:end].tolist()
-    for j, index in enumerate(indices):
+    indices, divisors = order[start:end].tolist(), diagonal.tolist()
+    for j, (index, column, loss) in enumerate(zip(indices, part.unbind(), lost.unbind(), strict=True)):
         if look is not None and j % look_every == 0:
             ahead = slice(j, min(j + look_every, end - start))
             chosen = look(part[ahead].T, diagonal[ahead], order[start:end][ahead])
             mask = None if chosen is None else chosen.T
-        column = part[j]
         new = column if mask is None else column.masked_fill(mask[j % look_every], 0)
         if settle is not None:
             new = settle(new, index)
-        lost[j] = (column - new) / diagonal[j]
-        part[j + 1 :].addr_(factor[j, j + 1 :], lost[j], alpha=-1)
-        part[j] = new
+        torch.sub(column, new, out=loss).div_(divisors[j])
+        part[j + 1 :].addr_(factor[j, j + 1 :], loss, alpha=-1)
+        column.copy_(new)
     w[:, start:end], errors[:, start:end] = part.T, lost.T
 
 
@@ -189,10 +188,15 @@ def rounding(grid: Grid) -> Settle:
     """Moves a column of the matrix to its grid."""
     scales, zeros = grid.scale.float().T.contiguous(), grid.zero.float().T.contiguous()  # (groups, out)
     low, high, width = grid.scheme.low, grid.scheme.high, grid.scheme.group_size
+    shifted = bool(zeros.any())
 
     def settle(column: Tensor, index: int) -> Tensor:
         group = index // width if width else 0
-        scale, zero = scales[group], zeros[group]
-        return torch.round(column / scale).add_(zero).clamp_(low, high).sub_(zero).mul_(scale)
+        scale = scales[group]
+        codes = torch.div(column, scale).round_()
+        if shifted:
+            zero = zeros[group]
+            return codes.add_(zero).clamp_(low, high).sub_(zero).mul_(scale)
+        return codes.clamp_(low, high).mul_(scale)
 
     return settle

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from luthier.acceleration import fast_linear
-from luthier.acceleration.fast_linear import FastLinear, Int4Linear, Int8Linear, IntegerLinear, convert, join
+from luthier.acceleration.convert import convert, join
+from luthier.acceleration.fast_linear import FastLinear, Int4Linear, Int8Linear, IntegerLinear
 from luthier.compression.grid import Scheme, fit
 from luthier.compression.linear import QuantizedLinear, quantize_layer
 

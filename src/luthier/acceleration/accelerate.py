@@ -6,7 +6,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from luthier.acceleration.fast_linear import FastLinear, convert, join
+from luthier.acceleration.convert import convert, join
+from luthier.acceleration.fast_linear import FastLinear
 from luthier.compression.linear import quantized_layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -23,6 +24,7 @@ def accelerate(model: Model) -> Model:
     kernel takes stays as it is; the log says which, and why. Its state dict stays the same too.
     """
     kinds: Counter[str] = Counter()
+    passed_over: Counter[str] = Counter()
     plain: defaultdict[str, list[str]] = defaultdict(list)
     for name, layer in quantized_layers(model).items():
         if isinstance(layer, FastLinear):
@@ -33,11 +35,14 @@ def accelerate(model: Model) -> Model:
             continue
         model.set_submodule(name, made)
         kinds[made.title] += 1
+        passed_over[made.passed_over] += bool(made.passed_over)
     _join(model)
     if kinds:
         log.info("Fast layers: %s.", ", ".join(f"{count} {kind}" for kind, count in kinds.items()))
     elif not plain:
         log.info("No layer to make fast: none is quantised, or all are fast already.")
+    for reason, count in (+passed_over).items():
+        log.info("%d of them have no better kernel on this machine (%s).", count, reason)
     for reason, names in plain.items():
         log.warning(
             "%d quantised layers stay plain (%s): %s%s.", len(names), reason, ", ".join(names[:4]),

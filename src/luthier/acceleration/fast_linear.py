@@ -1,5 +1,7 @@
 """Quantised linear layers on torch's integer kernels for CPUs; each gives what the plain layer gives.
 
+They serve where the kernels of `luthier.acceleration.native_linear` do not run.
+
 A layer with codes q, scales s and zeros z stands for the weight W = (q - z) s. Which kernel can multiply by
 it without making W:
 
@@ -42,9 +44,11 @@ class FastLinear(QuantizedLinear):
     Attributes:
         joint: a layer that holds this one's rows and its siblings', which read the same input (see `join`).
             It is no submodule: whoever walks through the model finds each weight once.
+        passed_over: better kernels that this machine does not run, and why; empty if none.
     """
 
     title: ClassVar[str]
+    passed_over = ""
     multiple = 1  # a part of a joint layer has such a number of rows, or twice it, ...
     joint: "FastLinear | None"
 
@@ -100,7 +104,7 @@ class FastLinear(QuantizedLinear):
 class Int4Linear(FastLinear):
     """Up to 4 bits. The codes are held packed, and unpacked when asked for."""
 
-    title = "int4"
+    title = "int4 of torch"
     packed: Tensor  # uint8 (out, in / 2), in an order that the kernel chooses
     scale_shift: Tensor  # bfloat16 (groups, out, 2): W = (code - 8) scale + shift, codes from 0 to 15
 
@@ -168,7 +172,7 @@ class Int4Linear(FastLinear):
 class Int8Linear(FastLinear):
     """Up to 8 bits with one scale a row."""
 
-    title = "int8"
+    title = "int8 of torch"
     scale_row: Tensor  # bfloat16 (out,)
 
     def __init__(self, layer: QuantizedLinear):
@@ -209,7 +213,7 @@ class Int8Linear(FastLinear):
 class IntegerLinear(FastLinear):
     """Weights and inputs in up to 8 bits: a product of whole numbers."""
 
-    title = "integer"
+    title = "whole numbers of torch"
     LONGEST: ClassVar[int] = 1 << 17  # inputs whose sum of products of 8 bits fits in 32 bits
 
     @staticmethod
@@ -240,67 +244,6 @@ class IntegerLinear(FastLinear):
     def adopt(self, joint: FastLinear, start: int) -> None:
         self.codes = joint.codes[start : start + self.out_features]
         self._belong(joint)
-
-
-KINDS: tuple[type[FastLinear], ...] = (IntegerLinear, Int4Linear, Int8Linear)
-
-
-def convert(layer: QuantizedLinear) -> FastLinear | str:
-    """The fast layer that stands for a plain one, or why there is none. It shares what it can with it."""
-    if type(layer) is not QuantizedLinear:
-        return f"a {type(layer).__name__}"
-    if layer.scale.device.type != "cpu":
-        return f"on {layer.scale.device.type}"
-    reasons = []
-    for kind in KINDS:
-        reason = kind.why_not(layer)
-        if reason is None:
-            try:
-                made = kind(layer)
-                fault = _fault(made, layer)
-            except (
-                RuntimeError,
-                AttributeError,
-                NotImplementedError,
-            ) as error:  # this torch or CPU has it not
-                fault = str(error).splitlines()[0]
-            if fault is None:
-                return made
-            reason = fault
-        reasons.append(f"{kind.title}: {reason}")
-    return "; ".join(reasons)
-
-
-def join(parts: list[FastLinear]) -> FastLinear | None:
-    """One layer with the rows of several that read the same input; they become views of it.
-
-    None where they do not fit: other kernels or schemes, a bias in some only, rows that do not fill blocks.
-    """
-    first = parts[0]
-    same = all(
-        type(p) is type(first)
-        and p.scheme == first.scheme
-        and (p.in_features, p.dtype, p.bias is None) == (first.in_features, first.dtype, first.bias is None)
-        and p.out_features % p.multiple == 0
-        and p.joint is None
-        and (p.input_scale is None or torch.equal(p.input_scale, first.input_scale))
-        for p in parts
-    )
-    if not same:
-        return None
-    grids = [p.grid for p in parts]
-    rows = [p.out_features for p in parts]
-    scale = torch.cat([g.scale.expand(n, -1) for g, n in zip(grids, rows, strict=True)])
-    zero = torch.cat([g.zero.expand(n, -1) for g, n in zip(grids, rows, strict=True)])
-    bias = None if first.bias is None else torch.cat([p.bias for p in parts])
-    whole = QuantizedLinear(
-        torch.cat([p.codes for p in parts]), Grid(first.scheme, scale, zero), bias, dtype=first.dtype,
-        input_scale=first.input_scale,
-    )  # fmt: skip
-    joint = type(first)(whole)
-    for part, end in zip(parts, torch.tensor(rows).cumsum(0).tolist(), strict=True):
-        part.adopt(joint, end - part.out_features)
-    return joint
 
 
 def _group(layer: QuantizedLinear) -> int:
@@ -344,13 +287,3 @@ def _block(packed: Tensor, codes: Tensor) -> int:
         if torch.equal(_unpack(packed, block).T, codes):
             return block
     raise NotImplementedError("torch packs the codes in an order that is not known here")
-
-
-def _fault(fast: FastLinear, plain: QuantizedLinear) -> str | None:
-    """What is wrong with a fast layer on this machine, by one product; None if nothing is."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, plain.in_features, generator=generator).to(plain.dtype)
-    with torch.no_grad():
-        expected, found = plain(x).float(), fast(x).float()
-    error = (found - expected).norm() / expected.norm().clamp_min(1e-12)
-    return None if error < 0.02 else f"its product is off by {error:.1%} on this machine"

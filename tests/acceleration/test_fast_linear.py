@@ -1,16 +1,24 @@
-"""Each fast layer gives what the plain quantised layer gives, whatever the shape, or says why it cannot."""
+"""Each layer on torch's kernels gives what the plain quantised layer gives, or says why it cannot.
+
+Those on our own kernels, which go before them, are in test_native_linear.py.
+"""
 
 import pytest
 import torch
 from torch import nn
 
-from luthier.acceleration import fast_linear
+from luthier.acceleration import fast_linear, native
 from luthier.acceleration.convert import convert, join
 from luthier.acceleration.fast_linear import FastLinear, Int4Linear, Int8Linear, IntegerLinear
 from luthier.compression.grid import Scheme, fit
 from luthier.compression.linear import QuantizedLinear, quantize_layer
 
 ROWS = (1, 3, 15, 16, 63, 64, 300)
+
+
+@pytest.fixture(autouse=True)
+def _without_our_kernels(monkeypatch):
+    monkeypatch.setattr(native, "_library", lambda: "it is not here")
 
 
 def plain(

@@ -1,4 +1,4 @@
-"""Which fast layer stands for a quantised one: the first that takes it and gives its product on this machine."""
+"""Which fast layer stands for a quantised one: the first that takes it and proves right on this machine."""
 
 import torch
 

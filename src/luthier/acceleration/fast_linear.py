@@ -47,7 +47,7 @@ class FastLinear(QuantizedLinear):
         passed_over: better kernels that this machine does not run, and why; empty if none.
     """
 
-    title: ClassVar[str]
+    title: str  # in the log
     passed_over = ""
     multiple = 1  # a part of a joint layer has such a number of rows, or twice it, ...
     joint: "FastLinear | None"

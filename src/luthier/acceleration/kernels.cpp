@@ -289,4 +289,32 @@ void luthier_whole_numbers(const uint8_t* codes, const int32_t* offset, const fl
         }
     }
 }
+
+// One row of input times a plain weight, bfloat16 (outputs, inputs) as it lies.
+void luthier_one_row(const uint16_t* weight, const uint16_t* x, uint16_t* y, int64_t inputs, int64_t outputs,
+                     int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t n = 0; n < outputs; n += LANES) {
+        float sums[LANES] = {};
+        for (int64_t i = 0; i < LANES && n + i < outputs; i++) {
+            const uint16_t* row = weight + (n + i) * inputs;
+            __m512 sum[4] = {};
+            int64_t k = 0;
+            for (; k + 128 <= inputs; k += 128)
+#pragma GCC unroll 4
+                for (int c = 0; c < 4; c++) {
+                    _mm_prefetch(row + k + 32 * c + AHEAD / 2, _MM_HINT_T0);
+                    sum[c] = _mm512_dpbf16_ps(sum[c], (__m512bh)_mm512_loadu_si512(row + k + 32 * c),
+                                              (__m512bh)_mm512_loadu_si512(x + k + 32 * c));
+                }
+            for (; k < inputs; k += 32) {
+                const __mmask32 mask = inputs - k >= 32 ? ~0u : (1u << (inputs - k)) - 1;
+                sum[0] = _mm512_dpbf16_ps(sum[0], (__m512bh)_mm512_maskz_loadu_epi16(mask, row + k),
+                                          (__m512bh)_mm512_maskz_loadu_epi16(mask, x + k));
+            }
+            sums[i] = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+        }
+        store(y, false, n, _mm512_loadu_ps(sums), first(outputs - n));
+    }
+}
 }

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from luthier.models.gguf import cache_folder
 
@@ -30,6 +31,7 @@ _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, c
 ARGUMENTS = {
     "luthier_weight_only": [_int, *[_pointer] * 5, _int, *[_long] * 4, _int],
     "luthier_whole_numbers": [*[_pointer] * 5, _int, _float, _int, *[_long] * 4, _int],
+    "luthier_one_row": [*[_pointer] * 3, *[_long] * 2, _int],
 }
 
 
@@ -43,6 +45,20 @@ def library() -> ctypes.CDLL:
     if isinstance(found, str):
         raise NotImplementedError(found)
     return found
+
+
+def here() -> bool:
+    """Whether this machine has the kernels."""
+    return not isinstance(_library(), str)
+
+
+def one_row(weight: Tensor, x: Tensor) -> Tensor:
+    """x W^T, all in bfloat16 and contiguous. weight (out, in), x (1, in)."""
+    y = x.new_empty(1, len(weight))
+    library().luthier_one_row(
+        weight.data_ptr(), x.data_ptr(), y.data_ptr(), x.shape[1], len(weight), torch.get_num_threads()
+    )
+    return y
 
 
 @functools.cache

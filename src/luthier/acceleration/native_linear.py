@@ -1,13 +1,13 @@
 """Quantised linear layers on our own kernels (`kernels.cpp`), for CPUs with AVX-512 BF16 and VNNI.
 
-    NativeLinear         up to 8 bits, in groups or not,     y = x W^T in bfloat16, codes packed to 4 or 8 bits
-                         with a zero point or not
-    NativeIntegerLinear  inputs rounded too, one scale       y = (p q^T - z sum(p)) t s, in whole numbers
+    NativeLinear         up to 8 bits, in groups or not,    y = x W^T in bfloat16, codes packed to 4 or 8
+                         with a zero point or not           bits
+    NativeIntegerLinear  inputs rounded too, one scale      y = (p q^T - z sum(p)) t s, in whole numbers
                          a row
 
-At one token they wait for the memory, where torch's int4 kernel waits for its arithmetic. Several tokens share
-a weight's unpacking, and many share its expansion to bfloat16, which stays in the processor's cache: there
-the product is as fast as a plain one. `NativeIntegerLinear` rounds the inputs in the same call.
+At one token they wait for the memory, where torch's int4 kernel waits for its arithmetic. Several tokens
+share a weight's unpacking, and many share its expansion to bfloat16, which stays in the processor's cache:
+there the product is as fast as a plain one. `NativeIntegerLinear` rounds the inputs in the same call.
 """
 
 import torch
@@ -69,7 +69,7 @@ class TiledLinear(FastLinear):
 class NativeLinear(TiledLinear):
     """Up to 8 bits; the inputs in bfloat16."""
 
-    title = "4 or 8 bits on our kernel"
+    title = "our kernel"
     scales: Tensor  # bfloat16 (tiles, groups, lane)
     zeros: Tensor | None  # likewise
 
@@ -88,6 +88,7 @@ class NativeLinear(TiledLinear):
         return [self.held_bits * (i // 2) + 16 * (i % 2) for i in range(32 // self.held_bits)]
 
     def _arrange(self) -> None:
+        self.title = f"int{self.held_bits} on our kernel"
         self.register_buffer("scales", self._tiled(self.scale), persistent=False)
         self.register_buffer("zeros", None if self.zero is None else self._tiled(self.zero), persistent=False)
 

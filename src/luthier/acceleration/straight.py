@@ -7,7 +7,8 @@ modules spend as long again around them. Here the same operations stand in one f
 - the heads that share a key are rows of one query: torch's attention kernel copies keys for each head else;
 - layers that read the same input and were joined by `luthier.accelerate` are one product;
 - the logits of the last token only;
-- one token's bfloat16 products without oneDNN, which packs the weight anew for each: half the time.
+- one token's bfloat16 products on our kernel, or where it does not run without oneDNN, which packs the weight
+  anew for each.
 
 Which models are of this shape is found by their parts and then proven: the logits of a few tokens must be
 those of the model itself (`straight`).
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from luthier.acceleration import native
 from luthier.acceleration.fast_linear import FastLinear, IntegerLinear
 from luthier.models import structure
 
@@ -65,6 +67,7 @@ class Straight:
         on_cpu = weight.device.type == "cpu"
         self.half = on_cpu and weight.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
         self.whole_without = self.half and not integers  # whole numbers are oneDNN's
+        self.head = _call(self.model.lm_head)
         self.past = 0
 
     def reserve(self, batch: int, room: int) -> None:
@@ -82,7 +85,7 @@ class Straight:
         with without_onednn() if single and self.whole_without else nullcontext():
             x = self._trunk(ids)
         with without_onednn() if single else nullcontext():
-            return self.model.lm_head(x)
+            return self.head(x)
 
     def _trunk(self, ids: Tensor) -> Tensor:
         batch, seq = ids.shape
@@ -137,8 +140,17 @@ class _Layer:
 
 def _call(layer: Any) -> Callable[[Tensor], Tensor]:
     """What to call for a linear layer on (rows, in)."""
-    direct = isinstance(layer, FastLinear) and layer.bias is None and not _watched(layer)
-    return layer.product if direct and layer.scale.device.type == "cpu" else layer
+    if _watched(layer) or layer.bias is not None:
+        return layer
+    if isinstance(layer, FastLinear):
+        return layer.product if layer.scale.device.type == "cpu" else layer
+    if type(layer) is nn.Linear and _half_on_cpu(layer.weight) and native.here():
+        return lambda x: native.one_row(layer.weight, x) if len(x) == 1 and _half_on_cpu(x) else layer(x)
+    return layer
+
+
+def _half_on_cpu(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.is_contiguous()
 
 
 def _together(*layers: Any) -> Callable[[Tensor], Tensor]:

@@ -80,7 +80,7 @@ SHAPES = [
 @pytest.mark.parametrize(("rows", "columns", "scheme"), SHAPES, ids=str)
 @torch.no_grad()
 def test_weights_of_few_bits(rows, columns, scheme, threads):
-    """The kernel rounds inputs and scales to bfloat16; where they are so already, it rounds next to nothing."""
+    """The kernel rounds inputs and scales to bfloat16; where they are that already, little is lost."""
     layer = plain(rows, columns, scheme, bias=rows % 2 == 0)
     layer.scale.copy_(layer.scale.to(torch.bfloat16))  # which the kernel does
     fast = made(layer, NativeLinear)

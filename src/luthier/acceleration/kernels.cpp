@@ -38,6 +38,10 @@ __m512 widen(const void* bf16, __mmask16 mask = 0xffff) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, bf16)), 16));
 }
 
+__m512bh half(const uint16_t* x, int64_t count) {
+    return (__m512bh)_mm512_maskz_loadu_epi16(count >= 2 * LANES ? ~0u : (1u << count) - 1, x);
+}
+
 void store(void* y, bool wide, int64_t at, __m512 value, __mmask16 mask) {
     if (wide)
         _mm512_mask_storeu_ps(static_cast<float*>(y) + at, mask, value);
@@ -45,27 +49,34 @@ void store(void* y, bool wide, int64_t at, __m512 value, __mmask16 mask) {
         _mm256_mask_storeu_epi16(static_cast<uint16_t*>(y) + at, mask, (__m256i)_mm512_cvtneps_pbh(value));
 }
 
+int64_t chunk(int64_t rows) { return rows >= 6 ? 6 : rows >= 3 ? 3 : rows; }
+
 __mmask16 first(int64_t count) { return count >= LANES ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 
 // A half of a lane indexes a table by its lowest five bits; the fifth belongs to a neighbour, so each value
-// stands twice. 4 bits: code - 8. 8 bits: what the low half of a byte stands for, and the high half.
-template <int BITS>
-__m512i table(bool high) {
-    alignas(64) uint16_t values[32];
-    for (int i = 0; i < 32; i++)
-        values[i] = bits_of(BITS == 4 ? i % 16 - 8.f : high ? (i % 16 - 8) * 16.f : i % 16) >> 16;
-    return _mm512_load_si512(values);
-}
+// stands twice.
+struct Tables {
+    alignas(64) uint16_t whole[32], low[32], high[32];  // code - 8; what the halves of 8 bits stand for
+    Tables() {
+        for (int i = 0; i < 32; i++) {
+            whole[i] = bits_of(i % 16 - 8.f) >> 16;
+            low[i] = bits_of(i % 16) >> 16;
+            high[i] = bits_of((i % 16 - 8) * 16.f) >> 16;
+        }
+    }
+} const tables;
 
-// R rows of input times T tiles. C sums each: a product must not wait for the one before it.
+// R rows of input times T tiles, row r and tile t to total[2 r + t]. C sums each: a product must not wait for
+// the one before it.
 template <int BITS, int T, int R, int C>
 void tile(const Weight& w, const uint16_t* x, const float* sums, __m512* total) {
     constexpr int64_t STEP = 32 / BITS;
     constexpr int PARTS = BITS == 16 ? 1 : 4;
-    const __m512i low = table<BITS>(false), high = table<BITS>(true);
+    const __m512i low = _mm512_load_si512(BITS == 4 ? tables.whole : tables.low);
+    const __m512i high = _mm512_load_si512(tables.high);
     const int64_t groups = w.inputs / w.group, width = w.inputs * 2 * BITS;
     const uint8_t* codes = w.codes;
-    for (int i = 0; i < R * T; i++) total[i] = _mm512_setzero_ps();
+    for (int i = 0; i < 2 * R; i += T == 2 ? 1 : 2) total[i] = _mm512_setzero_ps();
     for (int64_t g = 0; g < groups; g++) {
         __m512 sum[R][T][C];
         for (int i = 0; i < R * T * C; i++) (&sum[0][0][0])[i] = _mm512_setzero_ps();
@@ -103,21 +114,30 @@ void tile(const Weight& w, const uint16_t* x, const float* sums, __m512* total) 
                 for (int c = 1; c < C; c++) all = _mm512_add_ps(all, sum[r][t][c]);
                 if (w.zero)
                     all = _mm512_fnmadd_ps(widen(w.zero + at), _mm512_set1_ps(sums[r * groups + g]), all);
-                total[r * T + t] = _mm512_fmadd_ps(all, scale, total[r * T + t]);
+                total[2 * r + t] = _mm512_fmadd_ps(all, scale, total[2 * r + t]);
             }
         }
     }
 }
 
+float sum_of(const uint16_t* x, int64_t count) {
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t k = 0; k < count; k += 2 * LANES)
+        sum = _mm512_dpbf16_ps(sum, half(x + k, count - k), ones);
+    return _mm512_reduce_add_ps(sum);
+}
+
 // A pair of tiles, their codes as bfloat16.
 template <int BITS>
 void expand(const Weight& w, uint16_t* made) {
-    const __m512i low = table<BITS>(false);
+    const __m512i table = _mm512_load_si512(tables.whole);
     for (int64_t at = 0; at < w.inputs * 4 * BITS; at += 64, made += LANES * 32 / BITS) {
         const __m512i v = _mm512_loadu_si512(w.codes + at);
         if (BITS == 4) {
             for (int j = 0; j < 4; j++)
-                _mm512_storeu_si512(made + 2 * LANES * j, _mm512_permutexvar_epi16(_mm512_srli_epi32(v, 4 * j), low));
+                _mm512_storeu_si512(made + 2 * LANES * j,
+                                    _mm512_permutexvar_epi16(_mm512_srli_epi32(v, 4 * j), table));
         } else {
             auto number = [&](int byte) {  // of each lane, as float: its upper half is exact
                 const __m512i moved = _mm512_slli_epi32(v, 24 - 8 * byte);
@@ -134,18 +154,13 @@ void expand(const Weight& w, uint16_t* made) {
 template <int BITS>
 void product(Weight w, const uint16_t* x, void* y, bool wide, int64_t rows, int64_t outputs, int threads) {
     const int64_t groups = w.inputs / w.group;
-    std::unique_ptr<float[]> sums;  // (rows, groups), of the inputs
-    if (w.zero) {
-        sums.reset(new float[rows * groups]());
-        for (int64_t i = 0; i < rows * w.inputs; i++) {
-            const uint32_t bits = uint32_t(x[i]) << 16;
-            float value;
-            memcpy(&value, &bits, 4);
-            sums[i / w.group] += value;
-        }
-    }
+    std::unique_ptr<float[]> sums(w.zero ? new float[rows * groups] : nullptr);  // of a row's groups
 #pragma omp parallel num_threads(threads)
     {
+        if (w.zero) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < rows * groups; i++) sums[i] = sum_of(x + i * w.group, w.group);
+        }
         std::unique_ptr<uint16_t[]> made(rows < MANY ? nullptr : new uint16_t[w.inputs * 2 * LANES]);
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < outputs; n += 2 * LANES) {
@@ -162,7 +177,7 @@ void product(Weight w, const uint16_t* x, void* y, bool wide, int64_t rows, int6
             for (int64_t r = 0, count; r < rows; r += count) {
                 const uint16_t* from = x + r * w.inputs;
                 const float* sum = w.zero ? &sums[r * groups] : nullptr;
-                count = rows - r >= 6 ? 6 : rows - r >= 3 ? 3 : 1;
+                count = chunk(rows - r);
                 if (count == 6 && made)
                     tile<16, 2, 6, 1>(plain, from, sum, total);
                 else if (count == 6)
@@ -170,8 +185,9 @@ void product(Weight w, const uint16_t* x, void* y, bool wide, int64_t rows, int6
                 else if (count == 3)
                     tile<BITS, 2, 3, 2>(here, from, sum, total);
                 else {
-                    tile<BITS, 1, 1, 4>(here, from, sum, total);
-                    tile<BITS, 1, 1, 4>(next, from, sum, total + 1);
+                    const auto one = count == 2 ? tile<BITS, 1, 2, 2> : tile<BITS, 1, 1, 4>;
+                    one(here, from, sum, total);
+                    one(next, from, sum, total + 1);
                 }
                 for (int64_t i = 0; i < count; i++)
                     for (int t = 0; t < 2; t++)
@@ -228,10 +244,12 @@ void whole_tile(const uint8_t* codes, const int8_t* x, int64_t inputs, __m512i* 
                 for (int t = 0; t < T; t++) sum[r][t][c] = _mm512_dpbusd_epi32(sum[r][t][c], v[t], input);
             }
         }
-    for (int i = 0; i < R * T; i++) {
-        total[i] = (&sum[0][0][0])[i * C];
-        for (int c = 1; c < C; c++) total[i] = _mm512_add_epi32(total[i], (&sum[0][0][0])[i * C + c]);
-    }
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) {
+            __m512i all = sum[r][t][0];
+            for (int c = 1; c < C; c++) all = _mm512_add_epi32(all, sum[r][t][c]);
+            total[2 * r + t] = all;
+        }
 }
 
 }  // namespace
@@ -265,14 +283,15 @@ void luthier_whole_numbers(const uint8_t* codes, const int32_t* offset, const fl
             __m512i total[12];
             for (int64_t r = 0, count; r < rows; r += count) {
                 const int8_t* from = &whole[r * padded];
-                count = rows - r >= 6 ? 6 : rows - r >= 3 ? 3 : 1;
+                count = chunk(rows - r);
                 if (count == 6)
                     whole_tile<2, 6, 1>(here, from, padded, total);
                 else if (count == 3)
                     whole_tile<2, 3, 2>(here, from, padded, total);
                 else {
-                    whole_tile<1, 1, 4>(here, from, padded, total);
-                    whole_tile<1, 1, 4>(here + padded * LANES, from, padded, total + 1);
+                    const auto one = count == 2 ? whole_tile<1, 2, 4> : whole_tile<1, 1, 4>;
+                    one(here, from, padded, total);
+                    one(here + padded * LANES, from, padded, total + 1);
                 }
                 for (int64_t i = 0; i < count; i++)
                     for (int t = 0; t < 2; t++) {
@@ -303,15 +322,12 @@ void luthier_one_row(const uint16_t* weight, const uint16_t* x, uint16_t* y, int
             for (; k + 128 <= inputs; k += 128)
 #pragma GCC unroll 4
                 for (int c = 0; c < 4; c++) {
-                    _mm_prefetch(row + k + 32 * c + AHEAD / 2, _MM_HINT_T0);
+                    _mm_prefetch(row + k + 32 * c + AHEAD, _MM_HINT_T0);
                     sum[c] = _mm512_dpbf16_ps(sum[c], (__m512bh)_mm512_loadu_si512(row + k + 32 * c),
                                               (__m512bh)_mm512_loadu_si512(x + k + 32 * c));
                 }
-            for (; k < inputs; k += 32) {
-                const __mmask32 mask = inputs - k >= 32 ? ~0u : (1u << (inputs - k)) - 1;
-                sum[0] = _mm512_dpbf16_ps(sum[0], (__m512bh)_mm512_maskz_loadu_epi16(mask, row + k),
-                                          (__m512bh)_mm512_maskz_loadu_epi16(mask, x + k));
-            }
+            for (; k < inputs; k += 32)
+                sum[0] = _mm512_dpbf16_ps(sum[0], half(row + k, inputs - k), half(x + k, inputs - k));
             sums[i] = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
         }
         store(y, false, n, _mm512_loadu_ps(sums), first(outputs - n));

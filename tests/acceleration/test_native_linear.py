@@ -22,7 +22,7 @@ from luthier.models import structure
 
 ROWS = (1, 2, 3, 5, 6, 9, 15, 16, 17, 19, 64)  # all ways through the kernels
 needs_kernels = pytest.mark.skipif(
-    not native.here(), reason="our kernels need AVX-512 BF16, VNNI and a C++ compiler"
+    not native.here(), reason="our kernels need a CPU of their own and a C++ compiler"
 )
 
 
@@ -242,6 +242,11 @@ def older_cpu(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
 
 
+def cpu_with_amx(monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_vnni_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: True)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -249,12 +254,15 @@ def older_cpu(monkeypatch):
         (broken_compiler, "false fails"),
         (missing_compiler, "no-such-compiler"),
         (older_cpu, "no AVX-512 BF16"),
+        (cpu_with_amx, "has AMX"),
     ],
 )
 def test_without_our_kernels_torchs_serve(fresh, monkeypatch, caplog, change, reason):
-    supported = torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported()
-    if change is not older_cpu and not supported:
-        pytest.skip("the CPU is asked first, and lacks the instructions")
+    ours = torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported()
+    if change in (without_compiler, broken_compiler, missing_compiler) and (
+        not ours or torch.cpu._is_amx_tile_supported()
+    ):
+        pytest.skip("the CPU is asked first, and is not one for our kernels")
     change(monkeypatch)
     model = quantised()
     ids = torch.tensor([[11, 42, 99, 7]])

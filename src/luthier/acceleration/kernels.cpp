@@ -1,4 +1,4 @@
-// Products of quantised weights on a CPU with AVX-512 BF16 and VNNI. `native.py` compiles this file and calls it.
+// Products of quantised weights on a CPU with AVX-512 BF16 and VNNI, compiled and called by `native.py`.
 //
 // Rows of output stand in tiles of 16, the lanes of a register. A load of 64 bytes has a lane's next inputs:
 // 8 codes of 4 bits, 4 of 8 bits, or a pair in bfloat16. Tiles come in pairs; rows beyond the last are padding.
@@ -12,9 +12,9 @@
 namespace {
 
 constexpr int64_t LANES = 16;
-constexpr int64_t MANY = 16;      // rows of input from which it pays to write a pair of tiles out in bfloat16
-constexpr int64_t AHEAD = 4096;   // bytes: the memory's latency at its full speed
-constexpr float TINY = 1e-10f;    // least step of inputs, as in compression/grid.py
+constexpr int64_t MANY = 16;     // rows of input from which it pays to write a pair of tiles out in bfloat16
+constexpr int64_t AHEAD = 4096;  // bytes asked of the memory before they are needed (measured, Zen 5)
+constexpr float TINY = 1e-10f;   // least step of inputs, as in compression/grid.py
 
 struct Weight {
     const uint8_t* codes;
@@ -35,7 +35,8 @@ __m512i broadcast(const void* four_bytes) {
 }
 
 __m512 widen(const void* bf16, __mmask16 mask = 0xffff) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, bf16)), 16));
+    const __m512i lower = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, bf16));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(lower, 16));
 }
 
 __m512bh half(const uint16_t* x, int64_t count) {
@@ -141,10 +142,10 @@ void expand(const Weight& w, uint16_t* made) {
         } else {
             auto number = [&](int byte) {  // of each lane, as float: its upper half is exact
                 const __m512i moved = _mm512_slli_epi32(v, 24 - 8 * byte);
-                const __m512i code = _mm512_srai_epi32(_mm512_xor_si512(moved, _mm512_set1_epi32(1 << 31)), 24);
-                return _mm512_castps_si512(_mm512_cvtepi32_ps(code));
+                const __m512i code = _mm512_xor_si512(moved, _mm512_set1_epi32(1 << 31));
+                return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(code, 24)));
             };
-            for (int j = 0; j < 2; j++)  // see `packed` in native_linear.py for the order of bytes
+            for (int j = 0; j < 2; j++)  // in the order of `shifts` in native_linear.py
                 _mm512_storeu_si512(made + 2 * LANES * j,
                                     _mm512_or_si512(_mm512_srli_epi32(number(j), 16), number(j + 2)));
         }
@@ -152,7 +153,8 @@ void expand(const Weight& w, uint16_t* made) {
 }
 
 template <int BITS>
-void product(Weight w, const uint16_t* x, void* y, bool wide, int64_t rows, int64_t outputs, int threads) {
+void product(const Weight& w, const uint16_t* x, void* y, bool wide, int64_t rows, int64_t outputs,
+             int threads) {
     const int64_t groups = w.inputs / w.group;
     std::unique_ptr<float[]> sums(w.zero ? new float[rows * groups] : nullptr);  // of a row's groups
 #pragma omp parallel num_threads(threads)
@@ -260,23 +262,25 @@ extern "C" {
 void luthier_weight_only(int bits, const uint8_t* codes, const uint16_t* scale, const uint16_t* zero,
                          const uint16_t* x, void* y, int wide, int64_t rows, int64_t inputs, int64_t outputs,
                          int64_t group, int threads) {
-    (bits == 4 ? product<4> : product<8>)({codes, scale, zero, inputs, group}, x, y, wide, rows, outputs, threads);
+    const auto kernel = bits == 4 ? product<4> : product<8>;
+    kernel({codes, scale, zero, inputs, group}, x, y, wide, rows, outputs, threads);
 }
 
-// y = (p q^T - z sum(p)) t s with p = round(x / t), and t of each row where `step` is 0. The codes are q + 128,
-// which the instruction takes as unsigned, so `offset` is z + 128. `padded` inputs fill registers.
-void luthier_whole_numbers(const uint8_t* codes, const int32_t* offset, const float* scale, const void* x, void* y,
-                           int wide, float step, int bits, int64_t rows, int64_t inputs, int64_t padded,
-                           int64_t outputs, int threads) {
+// y = (p q^T - z sum(p)) t s with p = round(x / t), and t of each row where `step` is 0. The codes are
+// q + 128, which the instruction takes as unsigned, so `offset` is z + 128. `padded` inputs fill registers.
+void luthier_whole_numbers(const uint8_t* codes, const int32_t* offset, const float* scale, const void* x,
+                           void* y, int wide, float step, int bits, int64_t rows, int64_t inputs,
+                           int64_t padded, int64_t outputs, int threads) {
     std::unique_ptr<int8_t[]> whole(new int8_t[rows * padded]);
     std::unique_ptr<float[]> steps(new float[rows]);
     std::unique_ptr<int32_t[]> sums(new int32_t[rows]);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r++)
-            steps[r] = round_row(static_cast<const char*>(x) + r * inputs * (wide ? 4 : 2), wide, inputs, step, bits,
-                                 &whole[r * padded], &sums[r]);
+        for (int64_t r = 0; r < rows; r++) {
+            const char* row = static_cast<const char*>(x) + r * inputs * (wide ? 4 : 2);
+            steps[r] = round_row(row, wide, inputs, step, bits, &whole[r * padded], &sums[r]);
+        }
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < outputs; n += 2 * LANES) {
             const uint8_t* here = codes + n * padded;
@@ -322,13 +326,14 @@ void luthier_one_row(const uint16_t* weight, const uint16_t* x, uint16_t* y, int
             for (; k + 128 <= inputs; k += 128)
 #pragma GCC unroll 4
                 for (int c = 0; c < 4; c++) {
-                    _mm_prefetch(row + k + 32 * c + AHEAD, _MM_HINT_T0);
+                    _mm_prefetch(row + k + 32 * c + AHEAD / 2, _MM_HINT_T0);
                     sum[c] = _mm512_dpbf16_ps(sum[c], (__m512bh)_mm512_loadu_si512(row + k + 32 * c),
                                               (__m512bh)_mm512_loadu_si512(x + k + 32 * c));
                 }
             for (; k < inputs; k += 32)
                 sum[0] = _mm512_dpbf16_ps(sum[0], half(row + k, inputs - k), half(x + k, inputs - k));
-            sums[i] = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+            sum[0] = _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
+            sums[i] = _mm512_reduce_add_ps(sum[0]);
         }
         store(y, false, n, _mm512_loadu_ps(sums), first(outputs - n));
     }

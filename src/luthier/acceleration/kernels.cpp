@@ -1,7 +1,7 @@
 // Products of quantised weights on a CPU with AVX-512 BF16 and VNNI, compiled and called by `native.py`.
 //
 // Rows of output stand in tiles of 16, the lanes of a register. A load of 64 bytes has a lane's next inputs:
-// 8 codes of 4 bits, 4 of 8 bits, or a pair in bfloat16. Tiles come in pairs; rows beyond the last are padding.
+// 8 codes of 4 bits, 4 of 8, or a pair in bfloat16. Tiles come in pairs; rows beyond the last are padding.
 
 #include <immintrin.h>
 

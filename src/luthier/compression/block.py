@@ -211,7 +211,7 @@ class Block:
         for index, mask in enumerate(self.masks):
             for name, x in self._inputs(readers, index):
                 tokens = real_tokens(x, mask)
-                if not torch.isfinite(tokens).all():
+                if not tokens.sum(dtype=torch.float32).isfinite():
                     raise MethodError(
                         f"The inputs of {name} are not finite on calibration batch {index} ({x.dtype}).",
                         fix="Load the model in float32, or look at its weights and the data.",

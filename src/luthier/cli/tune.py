@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -56,7 +57,7 @@ def command(
     from luthier.cli import run
     from luthier.data.load import load
     from luthier.errors import RecipeError
-    from luthier.recipe.race import LAPS, METHODS, OBJECTIVE, race, sized
+    from luthier.recipe.race import LAPS, METHODS, OBJECTIVE, Contender, race, sized
     from luthier.recipe.source import write_recipe
 
     console = Console(soft_wrap=True)
@@ -67,6 +68,11 @@ def command(
         racing: Any = {"budget": allowed, "objective": objective, "seed": seed}
         racing["methods"] = [n.strip() for n in candidates.split(",")] if candidates else METHODS
         racing["laps"] = _whole_numbers(laps) or LAPS
+        drafts = [Contender(n, {}, 1e-3, 0) for n in racing["methods"]]
+        _require_overrides(
+            [_recipe(name, spec, seed, str(output), data, objective, d, steps, test) for d in drafts],
+            overrides or [],
+        )
         found = race(spec, data, folder=output / f"{name}-race", **racing)
         _show(found, console)
         chosen, why = found.winner, found.why
@@ -78,6 +84,25 @@ def command(
     write_recipe(file, _recipe(name, spec, seed, str(output), data, objective, chosen, steps, test), why)
     console.print(f"recipe  {file}")
     run.command(file, overrides)
+
+
+def _require_overrides(recipes: list[dict[str, Any]], overrides: list[str]) -> None:
+    """Refuse before the race what fits the recipe of no contender."""
+    from luthier.errors import RecipeError
+    from luthier.recipe.source import load_recipe, write_recipe
+
+    refused: RecipeError | None = None
+    for number, recipe in enumerate(recipes if overrides else []):
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / f"{number}.yaml"
+            write_recipe(file, recipe, "")
+            try:
+                load_recipe(file, overrides)
+                return
+            except RecipeError as error:
+                refused = error
+    if refused is not None:
+        raise refused
 
 
 def _parameters(text: str) -> int | None:

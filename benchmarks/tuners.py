@@ -1,6 +1,8 @@
 """What does a training step cost under each tuning method, against PEFT's own class of it?
 
-    python benchmarks/tuners.py [--methods krona prefix] [--steps 5] [--side ours --profile]
+    python benchmarks/tuners.py [--methods krona prefix] [--steps 5]
+    OMP_NUM_THREADS=1 python benchmarks/tuners.py --clock processor        # beside other work
+    python benchmarks/tuners.py --methods krona --profile --side ours      # where its time goes
 
 SmolLM2-135M, 4 rows of 160 tokens, forward, backward and AdamW; the head runs on the last column only, so
 that the trunk, where the tuners are, is what is measured. Where PEFT has no class of a method, the peer is
@@ -13,7 +15,6 @@ that process. 17 methods take about 15 minutes on two cores. Result: benchmarks/
 
 import argparse
 import multiprocessing
-import os
 import resource
 import statistics
 import time
@@ -96,11 +97,11 @@ class Side:
         learns = [p for p in self.model.parameters() if p.requires_grad]
         return torch.optim.AdamW(learns, lr=1e-4, fused=True)
 
-    def step(self) -> float:
+    def step(self, clock: Callable[[], float] = time.perf_counter) -> float:
         """Its seconds."""
         import torch
 
-        start = time.perf_counter()
+        start = clock()
         out = self.model(
             input_ids=self.ids,
             attention_mask=torch.ones_like(self.ids),
@@ -110,22 +111,23 @@ class Side:
         out.logits.float().square().mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return time.perf_counter() - start
+        return clock() - start
 
 
-def serve(pipe: Connection, base: Any, threads: int, name: str, ours: bool, size: int) -> None:
+def serve(pipe: Connection, base: Any, given: Any, name: str, ours: bool, size: int) -> None:
     """A side in a process of its own: it tells its parameters, then the seconds and the peak of each step."""
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(given.threads)
+    clock = time.process_time if given.clock == "processor" else time.perf_counter
     side = Side(base, name, ours, size)
     pipe.send(side.parameters)
     while pipe.recv():
-        seconds = side.step()
+        seconds = side.step(clock)
         pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 
-def compare(base: Any, threads: int, name: str, steps: int) -> str:
+def compare(base: Any, given: Any, name: str) -> str:
     """A row of the table."""
     context = multiprocessing.get_context("fork")  # what is loaded is there, and nobody imports it again
     pipes: list[Connection] = []
@@ -133,7 +135,7 @@ def compare(base: Any, threads: int, name: str, steps: int) -> str:
     sizes: list[int] = []
     for ours in (True, False):
         mine, its = context.Pipe()
-        process = context.Process(target=serve, args=(its, base, threads, name, ours, sum(sizes)))
+        process = context.Process(target=serve, args=(its, base, given, name, ours, sum(sizes)))
         process.start()
         its.close()
         pipes.append(mine)
@@ -141,7 +143,7 @@ def compare(base: Any, threads: int, name: str, steps: int) -> str:
         sizes.append(mine.recv())
     seconds: list[list[float]] = [[], []]
     peaks = [0, 0]
-    for turn in range(WARM_UP + steps):
+    for turn in range(WARM_UP + given.steps):
         for side in (0, 1) if turn % 2 == 0 else (1, 0):
             pipes[side].send(True)
             took, peaks[side] = pipes[side].recv()
@@ -175,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall")
     parser.add_argument("--profile", action="store_true", help="show where the time of one method goes")
     parser.add_argument("--side", choices=("ours", "peer"), default="ours", help="of --profile")
     given = parser.parse_args()
@@ -182,7 +185,7 @@ def main() -> None:
 
     import luthier
 
-    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or torch.get_num_threads()
+    given.threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     base, _ = luthier.load("smollm2-135m")
     if given.profile:
@@ -191,7 +194,7 @@ def main() -> None:
     print("| method | peer | parameters | peer's | s a step | peer's | speed | MiB | peer's | memory |")
     print("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|", flush=True)
     for name in given.methods or names():
-        print(compare(base, threads, name, given.steps), flush=True)
+        print(compare(base, given, name), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import tiny
 import torch
 import tuning_methods
 from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
 from tuning_methods import METHODS, base
 
 from luthier import checks, taxonomy
@@ -144,6 +146,9 @@ def test_saved_and_loaded_again_gives_the_same_logits(name, kind, tmp_path):
     expected = training.logits(model)
     if is_adapter(model):
         save_adapter(model, tmp_path / "saved")
+        own = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+        of_base = {n.removeprefix("base_model.model.") for n in own} & set(build(name, kind).state_dict())
+        assert all(n.startswith("classifier.") for n in of_base)  # a new head learns whole
         loaded = PeftModel.from_pretrained(build(name, kind), tmp_path / "saved")
     else:
         model.save_pretrained(tmp_path / "saved")
@@ -179,7 +184,13 @@ def test_two_adapters_live_side_by_side(name, kind):
     if starts_as_base(name):
         assert torch.allclose(training.logits(model), training.logits(build(name, kind)), rtol=0, atol=1e-6)
     training.disturb(model, 0.2)
-    assert not torch.allclose(training.logits(model), first, atol=1e-3)
+    second = training.logits(model)
+    assert not torch.allclose(second, first, atol=1e-3)
+    if kind == "llama":  # both at once
+        model.base_model.set_adapter(["default", "second"])
+        with suppress(MethodError):
+            both = training.logits(model)
+            assert not any(torch.allclose(both, one, atol=1e-3) for one in (first, second))
     model.set_adapter("default")
     assert torch.equal(training.logits(model), first)
     model.delete_adapter("second")

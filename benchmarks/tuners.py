@@ -35,6 +35,7 @@ def peers() -> dict[str, Callable[[], Any]]:
     every = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     prompt = {"num_virtual_tokens": 20, "task_type": "CAUSAL_LM"}
     projection = {"prefix_projection": True, "encoder_hidden_size": 512}
+    lstm = {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 288}
     return {
         "lora": lambda: peft.LoraConfig(r=16, lora_alpha=32, **every),
         "lora_fa": lambda: peft.LoraConfig(r=16, lora_alpha=32, **every),
@@ -44,7 +45,7 @@ def peers() -> dict[str, Callable[[], Any]]:
         "prefix": lambda: peft.PrefixTuningConfig(**prompt, **projection),
         "p_tuning_v2": lambda: peft.PrefixTuningConfig(**prompt),
         "prompt": lambda: peft.PromptTuningConfig(**prompt),
-        "p_tuning": lambda: peft.PromptEncoderConfig(**prompt),
+        "p_tuning": lambda: peft.PromptEncoderConfig(**prompt, **lstm),
     }
 
 
@@ -84,6 +85,8 @@ class Side:
             rank = max(1, round(size / EACH))
             self.model = get_peft_model(base, LoraConfig(r=rank, target_modules="all-linear"))
         self.optimizer = self._optimizer(name == "lora_fa" and not ours)
+        self.hooks = self._hooks() if ours else None
+        self.schedule = None if ours or name != "adalora" else self.model.base_model.update_and_allocate
         self.parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.ids = torch.randint(100, 40000, (ROWS, LENGTH))
         self.model.train()
@@ -97,11 +100,26 @@ class Side:
         learns = [p for p in self.model.parameters() if p.requires_grad]
         return torch.optim.AdamW(learns, lr=1e-4, fused=True)
 
+    def _hooks(self) -> Any:
+        """The method's callbacks, called as a trainer calls them."""
+        from transformers import TrainerControl, TrainerState, TrainingArguments
+        from transformers.trainer_callback import CallbackHandler
+
+        from luthier.tuning import hooks
+
+        found = CallbackHandler(hooks.callbacks(self.model), self.model, None, self.optimizer, None)
+        found.train_dataloader = None
+        place = (TrainingArguments(use_cpu=True, report_to="none"), TrainerState(max_steps=1000))
+        found.on_train_begin(*place, TrainerControl())
+        return lambda event: getattr(found, event)(*place, TrainerControl())
+
     def step(self, clock: Callable[[], float] = time.perf_counter) -> float:
         """Its seconds."""
         import torch
 
         start = clock()
+        if self.hooks:
+            self.hooks("on_step_begin")
         out = self.model(
             input_ids=self.ids,
             attention_mask=torch.ones_like(self.ids),
@@ -109,7 +127,13 @@ class Side:
             use_cache=False,
         )
         out.logits.float().square().mean().backward()
+        if self.hooks:
+            self.hooks("on_pre_optimizer_step")
         self.optimizer.step()
+        if self.hooks:
+            self.hooks("on_optimizer_step")
+        if self.schedule:
+            self.schedule(0)
         self.optimizer.zero_grad()
         return clock() - start
 

@@ -159,7 +159,7 @@ def compare(base: Any, given: Any, name: str) -> str:
     sizes: list[int] = []
     for ours in (True, False):
         mine, its = context.Pipe()
-        process = context.Process(target=serve, args=(its, base, given, name, ours, sum(sizes)))
+        process = context.Process(target=serve, args=(its, base, given, name, ours, sum(sizes)), daemon=True)
         process.start()
         its.close()
         pipes.append(mine)

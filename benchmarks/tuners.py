@@ -103,11 +103,12 @@ class Side:
     def _hooks(self) -> Any:
         """The method's callbacks, called as a trainer calls them."""
         from transformers import TrainerControl, TrainerState, TrainingArguments
-        from transformers.trainer_callback import CallbackHandler
+        from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
         from luthier.tuning import hooks
 
-        found = CallbackHandler(hooks.callbacks(self.model), self.model, None, self.optimizer, None)
+        wanted = [DefaultFlowCallback(), *hooks.callbacks(self.model)]
+        found = CallbackHandler(wanted, self.model, None, self.optimizer, None)
         found.train_dataloader = None
         place = (TrainingArguments(use_cpu=True, report_to="none"), TrainerState(max_steps=1000))
         found.on_train_begin(*place, TrainerControl())

@@ -33,6 +33,7 @@ MODELS = {
 # Pairs that are refused in words.
 REFUSED = {
     ("linear_probe", "t5"): "always ties its head",
+    ("linear_probe", "bart"): "always ties its head",
     ("coda", "llama"): "writes token by token",
     ("coda", "gpt2"): "writes token by token",
 }
@@ -186,7 +187,9 @@ def test_two_adapters_live_side_by_side(name, kind):
     training.disturb(model, 0.2)
     second = training.logits(model)
     assert not torch.allclose(second, first, atol=1e-3)
-    if kind == "llama":  # both at once
+    base = training.logits(build(name, kind))
+    # Both at once, where both do something: a fusion made from a config alone has no adapters to mix.
+    if kind == "llama" and not torch.equal(second, base):
         model.base_model.set_adapter(["default", "second"])
         with suppress(MethodError):
             both = training.logits(model)

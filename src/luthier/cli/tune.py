@@ -1,6 +1,7 @@
 """`luthier tune MODEL DATA --method auto --budget 1M`: a recipe for a model and its rows, made and run."""
 
 import re
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
     from luthier.recipe.race import Contender, Race
@@ -57,23 +60,19 @@ def command(
     from luthier.cli import run
     from luthier.data.load import load
     from luthier.errors import RecipeError
-    from luthier.recipe.race import LAPS, METHODS, OBJECTIVE, Contender, race, sized
+    from luthier.recipe.race import LAPS, METHODS, OBJECTIVE, race, sized
     from luthier.recipe.source import write_recipe
 
-    console = Console(soft_wrap=True)
-    allowed = _parameters(budget)
+    console, allowed = Console(soft_wrap=True), _parameters(budget)
     objective = objective or OBJECTIVE.get(load(data).type, "sft")
     spec = _model(model, objective)
+    recipe_of = partial(_recipe, name, spec, seed, str(output), data, objective, steps=steps, test=test)
     if method == AUTO:
-        racing: Any = {"budget": allowed, "objective": objective, "seed": seed}
-        racing["methods"] = [n.strip() for n in candidates.split(",")] if candidates else METHODS
-        racing["laps"] = _whole_numbers(laps) or LAPS
-        drafts = [Contender(n, {}, 1e-3, 0) for n in racing["methods"]]
-        _require_overrides(
-            [_recipe(name, spec, seed, str(output), data, objective, d, steps, test) for d in drafts],
-            overrides or [],
-        )
-        found = race(spec, data, folder=output / f"{name}-race", **racing)
+        methods = [n.strip() for n in candidates.split(",")] if candidates else list(METHODS)
+        _require_overrides(recipe_of, methods, overrides or [])
+        racing: Any = {"budget": allowed, "objective": objective, "seed": seed, "methods": methods}
+        racing |= {"laps": _whole_numbers(laps) or LAPS, "folder": output / f"{name}-race"}
+        found = race(spec, data, **racing)
         _show(found, console)
         chosen, why = found.winner, found.why
     elif candidates or laps:
@@ -81,21 +80,24 @@ def command(
     else:
         chosen, why = sized(spec, method, allowed, objective), ""
     file = output / f"{name}.yaml"
-    write_recipe(file, _recipe(name, spec, seed, str(output), data, objective, chosen, steps, test), why)
+    write_recipe(file, recipe_of(chosen), why)
     console.print(f"recipe  {file}")
     run.command(file, overrides)
 
 
-def _require_overrides(recipes: list[dict[str, Any]], overrides: list[str]) -> None:
+def _require_overrides(
+    recipe_of: "Callable[[Contender], dict[str, Any]]", methods: list[str], overrides: list[str]
+) -> None:
     """Refuse before the race what fits the recipe of no contender."""
     from luthier.errors import RecipeError
+    from luthier.recipe.race import Contender
     from luthier.recipe.source import load_recipe, write_recipe
 
     refused: RecipeError | None = None
-    for number, recipe in enumerate(recipes if overrides else []):
+    for method in methods if overrides else []:
         with TemporaryDirectory() as folder:
-            file = Path(folder) / f"{number}.yaml"
-            write_recipe(file, recipe, "")
+            file = Path(folder) / "draft.yaml"
+            write_recipe(file, recipe_of(Contender(method, {}, 1e-3, 0)), "")
             try:
                 load_recipe(file, overrides)
                 return

@@ -11,8 +11,6 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rich.console import Console
-
     from luthier.recipe.race import Contender, Race
 
 AUTO = "auto"
@@ -55,15 +53,13 @@ def command(
     ),
 ) -> None:
     """Tune a model on rows of your own: a race chooses the method where none is given; the recipe is kept."""
-    from rich.console import Console
-
     from luthier.cli import run
     from luthier.data.load import load
     from luthier.errors import RecipeError
     from luthier.recipe.race import LAPS, METHODS, OBJECTIVE, race, sized
     from luthier.recipe.source import write_recipe
 
-    console, allowed = Console(soft_wrap=True), _parameters(budget)
+    allowed = _parameters(budget)
     objective = objective or OBJECTIVE.get(load(data).type, "sft")
     spec = _model(model, objective)
     recipe_of = partial(_recipe, name, spec, seed, str(output), data, objective, steps=steps, test=test)
@@ -73,7 +69,7 @@ def command(
         racing: Any = {"budget": allowed, "objective": objective, "seed": seed, "methods": methods}
         racing |= {"laps": _whole_numbers(laps) or LAPS, "folder": output / f"{name}-race"}
         found = race(spec, data, **racing)
-        _show(found, console)
+        _show(found)
         chosen, why = found.winner, found.why
     elif candidates or laps:
         raise RecipeError("--candidates and --laps are of a race.", fix="Write --method auto, or drop them.")
@@ -81,7 +77,7 @@ def command(
         chosen, why = sized(spec, method, allowed, objective), ""
     file = output / f"{name}.yaml"
     write_recipe(file, recipe_of(chosen), why)
-    console.print(f"recipe  {file}")
+    typer.echo(f"recipe  {file}")
     run.command(file, overrides)
 
 
@@ -162,10 +158,12 @@ def _recipe(
     return {"name": name, "model": model, "seed": seed, "output": output, "stages": stages}
 
 
-def _show(found: "Race", console: "Console") -> None:
+def _show(found: "Race") -> None:
     """The last lap of every contender, and the choice."""
+    from rich.console import Console
     from rich.table import Table
 
+    console = Console(soft_wrap=True)
     table = Table("contender", "steps", "held-out loss", "parameters", "tokens/s", header_style="bold")
     seen: set[str] = set()
     for laps in reversed(found.laps):

@@ -1,25 +1,31 @@
 """What does a training step cost under each tuning method, against PEFT's own class of it?
 
-    python benchmarks/tuners.py [--methods krona prefix] [--rounds 3] [--steps 5]
+    python benchmarks/tuners.py [--methods krona prefix] [--steps 5]
+    OMP_NUM_THREADS=1 python benchmarks/tuners.py --clock processor        # beside other work
+    python benchmarks/tuners.py --methods krona --profile --side ours      # where its time goes
 
 SmolLM2-135M, 4 rows of 160 tokens, forward, backward and AdamW; the head runs on the last column only, so
 that the trunk, where the tuners are, is what is measured. Where PEFT has no class of a method, the peer is
 PEFT's LoRA of about as many parameters. Ours runs as in a trainer of ours: fused where it has LoRA layers.
-Every measurement is a process of its own, and the sides take turns. Result: benchmarks/README.md.
+
+Seconds are the median of steps that the two sides take in turn, so that what else the machine does meets
+both. Each side is a process of its own, forked from one that has loaded the model; its memory is the peak of
+that process. 17 methods take about 15 minutes on two cores. Result: benchmarks/README.md.
 """
 
 import argparse
-import json
+import multiprocessing
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 ROWS, LENGTH = 4, 160
-WARM_UP = 2
+WARM_UP = 1
+STEPS = 5
+EACH = 305_280  # parameters of a LoRA of rank 1 on all linear layers of SmolLM2-135M
 
 
 def peers() -> dict[str, Callable[[], Any]]:
@@ -27,14 +33,19 @@ def peers() -> dict[str, Callable[[], Any]]:
     import peft
 
     every = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    prompt = {"num_virtual_tokens": 20, "task_type": "CAUSAL_LM"}
+    projection = {"prefix_projection": True, "encoder_hidden_size": 512}
+    lstm = {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 288}
     return {
         "lora": lambda: peft.LoraConfig(r=16, lora_alpha=32, **every),
+        "lora_fa": lambda: peft.LoraConfig(r=16, lora_alpha=32, **every),
         "dora": lambda: peft.LoraConfig(r=16, lora_alpha=32, use_dora=True, **every),
         "adalora": lambda: peft.AdaLoraConfig(init_r=12, total_step=1000, **every),
         "krona": lambda: peft.LoKrConfig(r=1000, alpha=1000, **every),
-        "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM"),
-        "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM"),
-        "p_tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=20, task_type="CAUSAL_LM"),
+        "prefix": lambda: peft.PrefixTuningConfig(**prompt, **projection),
+        "p_tuning_v2": lambda: peft.PrefixTuningConfig(**prompt),
+        "prompt": lambda: peft.PromptTuningConfig(**prompt),
+        "p_tuning": lambda: peft.PromptEncoderConfig(**prompt, **lstm),
     }
 
 
@@ -50,91 +61,165 @@ def names() -> list[str]:
     return [m.name for m in found if not m.searches and m.name not in OTHERS]
 
 
-def measure(name: str, side: str, steps: int) -> dict[str, Any]:
+class Side:
+    """One method on the model, by us or by PEFT, and its steps.
+
+    Args:
+        size: parameters that PEFT's LoRA shall have, where PEFT has no class of the method.
+    """
+
+    def __init__(self, base: Any, name: str, ours: bool, size: int):
+        import torch
+        from peft import LoraConfig, get_peft_model
+
+        import luthier
+        from luthier.acceleration.fused_lora import fuse
+
+        torch.manual_seed(0)
+        if ours:
+            self.model = luthier.attach(base, luthier.method(name)())
+            fuse(self.model)
+        elif name in peers():
+            self.model = get_peft_model(base, peers()[name]())
+        else:
+            rank = max(1, round(size / EACH))
+            self.model = get_peft_model(base, LoraConfig(r=rank, target_modules="all-linear"))
+        self.optimizer = self._optimizer(name == "lora_fa" and not ours)
+        self.hooks = self._hooks() if ours else None
+        self.schedule = None if ours or name != "adalora" else self.model.base_model.update_and_allocate
+        self.parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.ids = torch.randint(100, 40000, (ROWS, LENGTH))
+        self.model.train()
+
+    def _optimizer(self, lora_fa: bool) -> Any:
+        import torch
+        from peft.optimizers import create_lorafa_optimizer
+
+        if lora_fa:
+            return create_lorafa_optimizer(self.model, r=16, lora_alpha=32, lr=1e-4)
+        learns = [p for p in self.model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(learns, lr=1e-4, fused=True)
+
+    def _hooks(self) -> Any:
+        """The method's callbacks, called as a trainer calls them."""
+        from transformers import TrainerControl, TrainerState, TrainingArguments
+        from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+
+        from luthier.tuning import hooks
+
+        wanted = [DefaultFlowCallback(), *hooks.callbacks(self.model)]
+        found = CallbackHandler(wanted, self.model, None, self.optimizer, None)
+        found.train_dataloader = None
+        place = (TrainingArguments(use_cpu=True, report_to="none"), TrainerState(max_steps=1000))
+        found.on_train_begin(*place, TrainerControl())
+        return lambda event: getattr(found, event)(*place, TrainerControl())
+
+    def step(self, clock: Callable[[], float] = time.perf_counter) -> float:
+        """Its seconds."""
+        import torch
+
+        start = clock()
+        if self.hooks:
+            self.hooks("on_step_begin")
+        out = self.model(
+            input_ids=self.ids,
+            attention_mask=torch.ones_like(self.ids),
+            logits_to_keep=1,
+            use_cache=False,
+        )
+        out.logits.float().square().mean().backward()
+        if self.hooks:
+            self.hooks("on_pre_optimizer_step")
+        self.optimizer.step()
+        if self.hooks:
+            self.hooks("on_optimizer_step")
+        if self.schedule:
+            self.schedule(0)
+        self.optimizer.zero_grad()
+        return clock() - start
+
+
+def serve(pipe: Connection, base: Any, given: Any, name: str, ours: bool, size: int) -> None:
+    """A side in a process of its own: it tells its parameters, then the seconds and the peak of each step."""
     import torch
-    from peft import get_peft_model
 
-    import luthier
-    from luthier.acceleration.fused_lora import fused
-
-    torch.manual_seed(0)
-    model, _ = luthier.load("smollm2-135m")
-    ours = luthier.method(name)()
-    if side == "ours":
-        model = luthier.attach(model, ours)
-    elif name in peers():
-        model = get_peft_model(model, peers()[name]())
-    else:
-        model = get_peft_model(model, lora_of(luthier.attach(model, ours)))
-    learns = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learns, lr=1e-4, fused=True)
-    ids = torch.randint(100, 40000, (ROWS, LENGTH))
-    model.train()
-    seconds = []
-    with fused(model) if side == "ours" else torch.enable_grad():
-        for _ in range(WARM_UP + steps):
-            start = time.perf_counter()
-            out = model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1, use_cache=False)
-            out.logits.float().square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            seconds.append(time.perf_counter() - start)
-    return {
-        "seconds": seconds[WARM_UP:],
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "parameters": sum(p.numel() for p in learns),
-    }
+    torch.set_num_threads(given.threads)
+    clock = time.process_time if given.clock == "processor" else time.perf_counter
+    side = Side(base, name, ours, size)
+    pipe.send(side.parameters)
+    while pipe.recv():
+        seconds = side.step(clock)
+        pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 
-def lora_of(model: Any) -> Any:
-    """PEFT's LoRA on all linear layers with about as many parameters; the adapter given is taken off."""
-    import peft
+def compare(base: Any, given: Any, name: str) -> str:
+    """A row of the table."""
+    context = multiprocessing.get_context("fork")  # what is loaded is there, and nobody imports it again
+    pipes: list[Connection] = []
+    processes = []
+    sizes: list[int] = []
+    for ours in (True, False):
+        mine, its = context.Pipe()
+        process = context.Process(target=serve, args=(its, base, given, name, ours, sum(sizes)), daemon=True)
+        process.start()
+        its.close()
+        pipes.append(mine)
+        processes.append(process)
+        sizes.append(mine.recv())
+    seconds: list[list[float]] = [[], []]
+    peaks = [0, 0]
+    for turn in range(WARM_UP + given.steps):
+        for side in (0, 1) if turn % 2 == 0 else (1, 0):
+            pipes[side].send(True)
+            took, peaks[side] = pipes[side].recv()
+            seconds[side].append(took)
+    for pipe, process in zip(pipes, processes, strict=True):
+        pipe.send(False)
+        process.join()
+    ours, peer = (statistics.median(side[WARM_UP:]) for side in seconds)
+    title = "PEFT's own" if name in peers() else "LoRA"
+    return (
+        f"| {name} | {title} | {sizes[0]:,} | {sizes[1]:,} "
+        f"| {ours:.2f} | {peer:.2f} | {peer / ours:.2f}x "
+        f"| {peaks[0] / 2**20:.0f} | {peaks[1] / 2**20:.0f} | {peaks[0] / peaks[1]:.2f} |"
+    )
 
-    from luthier.tuning.attach import trainable
 
-    wanted, _ = trainable(model)
-    model.unload()
-    each = 305_280  # parameters of rank 1 on all linear layers of SmolLM2-135M
-    return peft.LoraConfig(r=max(1, round(wanted / each)), target_modules="all-linear", task_type="CAUSAL_LM")
+def profile(base: Any, name: str, ours: bool, steps: int) -> None:
+    """Where the processor's time of one side goes, operator by operator."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as recorded
 
-
-def in_a_process(name: str, side: str, steps: int) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", __file__, "--one", name, side, "--steps", str(steps)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{name} ({side}) failed:\n{done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    side = Side(base, name, ours, 0)
+    side.step()
+    with recorded(activities=[ProfilerActivity.CPU]) as found:
+        for _ in range(steps):
+            side.step()
+    print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--methods", nargs="+")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall")
+    parser.add_argument("--profile", action="store_true", help="show where the time of one method goes")
+    parser.add_argument("--side", choices=("ours", "peer"), default="ours", help="of --profile")
     given = parser.parse_args()
-    if given.one:
-        name, side = given.one
-        print(json.dumps(measure(name, side, given.steps)))
+    import torch
+
+    import luthier
+
+    given.threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    base, _ = luthier.load("smollm2-135m")
+    if given.profile:
+        profile(base, (given.methods or ["lora"])[0], given.side == "ours", given.steps)
         return
     print("| method | peer | parameters | peer's | s a step | peer's | speed | MiB | peer's | memory |")
     print("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|", flush=True)
     for name in given.methods or names():
-        runs: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
-        for turn in range(given.rounds):
-            for side in ("ours", "peer") if turn % 2 == 0 else ("peer", "ours"):
-                runs[side].append(in_a_process(name, side, given.steps))
-        ours, peer = (statistics.median(s for run in runs[side] for s in run["seconds"]) for side in runs)
-        mine, theirs = (statistics.median(run["peak"] for run in runs[side]) / 2**20 for side in runs)
-        title = "PEFT's own" if name in peers() else "LoRA"
-        sizes = [f"{found[0]['parameters']:,}" for found in runs.values()]
-        print(
-            f"| {name} | {title} | {sizes[0]} | {sizes[1]} "
-            f"| {ours:.2f} | {peer:.2f} | {peer / ours:.2f}x "
-            f"| {mine:.0f} | {theirs:.0f} | {mine / theirs:.2f} |",
-            flush=True,
-        )
+        print(compare(base, given, name), flush=True)
 
 
 if __name__ == "__main__":

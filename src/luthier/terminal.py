@@ -68,12 +68,13 @@ def no_bars() -> Iterator[None]:
 
 @contextmanager
 def no_peft_warnings() -> Iterator[None]:
-    """None of the two warnings of PEFT that a user has no use for.
+    """None of the warnings of PEFT that a user has no use for.
 
-    PEFT 0.21 asks a model for a name that transformers 5 has replaced; and it lists missing keys, which
-    `luthier.models.loading` refuses in its own words.
+    PEFT 0.21 asks a model for a name that transformers 5 has replaced; it lists missing keys, which
+    `luthier.models.loading` refuses in its own words; and it proposes for EVA what `tuning/eva.py` is not.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
+        warnings.filterwarnings("ignore", "lora with eva initialization used with", UserWarning)
         yield

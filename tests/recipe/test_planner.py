@@ -73,6 +73,25 @@ def test_an_evaluation_of_what_was_trained_on_is_refused_unless_it_comes_before(
     assert (proof.name, proof.value, proof.tolerance) == ("train/test leakage", 40, None)
 
 
+def test_a_step_is_tried_once_for_all_runs_that_differ_elsewhere(planned, monkeypatch):
+    tried = []
+
+    def simulate(model, rows, *args, original=planner.footprint.simulate, **kwargs):
+        tried.append(rows)
+        return original(model, rows, *args, **kwargs)
+
+    monkeypatch.setattr(planner, "_known", {})
+    monkeypatch.setattr(planner.footprint, "simulate", simulate)
+    first = planned().stages[1]
+    other = planned("tune.training.learning_rate=1e-3", "tune.training.max_steps=20", "seed=1").stages[1]
+    assert tried == [8]
+    assert other.memory == first.memory
+    assert other.seconds > first.seconds
+    assert planned("tune.method.r=8").stages[1].memory.adapter == 2 * first.memory.adapter
+    planned("tune.training.per_device_train_batch_size=4")
+    assert tried == [8, 8, 4]
+
+
 @pytest.mark.parametrize(
     ("optim", "bytes_each"), [("adamw_torch", 8), ("sgd", 0), ("adamw_8bit", 2), ("lion_32bit", 4)]
 )

@@ -1,6 +1,7 @@
 """A race keeps the contenders that learn best within the budget, and holds nothing back from its account."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -9,7 +10,7 @@ from ruamel.yaml import YAML
 from luthier.cli import main
 from luthier.errors import MethodError, RecipeError
 from luthier.models.saving import save
-from luthier.recipe.race import Contender, Lap, chosen, race, sized
+from luthier.recipe.race import Contender, Lap, _count, _sizes, chosen, race, sized
 
 ROWS = 40
 
@@ -57,6 +58,24 @@ def test_rows_are_held_out_of_the_data_and_of_no_other_file(place, model):
     assert len(held_out) in (ROWS // 5, ROWS // 5 - 1)
 
 
+def test_a_lap_measures_once_and_keeps_no_checkpoint(place, model):
+    """At its end, on rows as many as suit its length; what a tuning costs elsewhere is the final run's."""
+    file = place / "rows.jsonl"
+    rows = [{"prompt": f"Say {i}.", "completion": f"It is {i}."} for i in range(200)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = race(model, file, folder=place / "race", methods=["lora"], laps=[3, 10])
+    for laps, measured in zip(found.laps, (16, 20), strict=True):
+        for lap in laps:
+            name = f"{lap.contender.method}-{lap.contender.rate:g}-{lap.steps}"
+            stage = place / "race" / name / "01-tune"
+            manifest = json.loads((stage / "manifest.json").read_text())
+            losses = [(e["step"], e["eval_loss"]) for e in manifest["history"] if "eval_loss" in e]
+            assert losses == [(lap.steps, lap.loss)]
+            assert manifest["details"]["eval_data"]["rows"] == measured
+            assert "forgetting on general text" not in {check["name"] for check in manifest["checks"]}
+            assert not list(stage.rglob("checkpoint-*"))
+
+
 def test_what_is_done_is_not_done_again(place, model):
     settings = {"folder": place / "race", "methods": ["lora"], "laps": [1]}
     race(model, place / "rows.jsonl", **settings)
@@ -84,6 +103,15 @@ def test_the_mlp_of_a_prefix_shrinks_before_the_prefix_does(model):
     least = sized(model, "prefix", 2000)  # W_2 alone: 64 x 16
     assert least.options["encoder_hidden_size"] == 16
     assert least.options["num_virtual_tokens"] < 20
+
+
+def test_sizes_are_tried_from_the_largest_on(model):
+    """Or halving the list would pass over one that fits."""
+    base = {"model": model, "output": ".", "seed": 0, "tune": {"data": "-", "objective": "sft"}}
+    for name in ("lora", "prefix", "p_tuning", "aprompt", "serial"):
+        counts = [_count(base, name, options) for options in _sizes(name)]
+        assert counts == sorted(counts, reverse=True)
+        assert counts[0] > counts[-1]
 
 
 def test_sizes_that_the_model_has_no_room_for_are_passed_over(model):
@@ -134,6 +162,18 @@ def test_classes_are_kept_where_few_rows_are_held_out(place):
     model = {"name": str(place / "encoder"), "task": "classification", "dtype": "float32", "device": "cpu"}
     found = race(model, place / "classes.jsonl", folder=place / "race", methods=["lora"], laps=[1])
     assert all(lap.loss is not None for lap in found.laps[0])
+
+
+def test_a_change_that_fits_no_recipe_is_refused_before_the_race(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    for change, code in (("before.samples=0", 2), ("tune.method.k=1", 0)):
+        words = f"tune base rows.jsonl {change} --candidates top_layers,lora --laps 1 --steps 1 --seed 1"
+        monkeypatch.setattr("sys.argv", ["luthier", *words.split()])
+        monkeypatch.setattr("luthier.recipe.race.race", raced := Mock(side_effect=SystemExit(0)))
+        with pytest.raises(SystemExit) as stopped:
+            main.main()
+        assert (stopped.value.code, raced.called) == (code, code == 0)
+    assert "before" in capsys.readouterr().err
 
 
 def test_the_command_leaves_a_recipe_that_says_why(place, monkeypatch, capsys):

@@ -65,7 +65,8 @@ def why_not(module: nn.Module) -> str | None:
 
 def _forward(self: nn.Module, x: Tensor) -> Tensor:
     down: Any = self.down_proj
-    if fused_lora.why_not(down) is not None:  # merged or disabled since
+    # Merged, disabled or listened to since.
+    if fused_lora.why_not(down) is not None or down._forward_pre_hooks or down._forward_hooks:
         y: Tensor = type(self).forward(self, x)
         return y
     return gated_down(self.gate_proj(x), self.up_proj(x), *fused_lora.factors(down))

@@ -1,13 +1,15 @@
 """`luthier tune MODEL DATA --method auto --budget 1M`: a recipe for a model and its rows, made and run."""
 
 import re
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from collections.abc import Callable
 
     from luthier.recipe.race import Contender, Race
 
@@ -51,33 +53,54 @@ def command(
     ),
 ) -> None:
     """Tune a model on rows of your own: a race chooses the method where none is given; the recipe is kept."""
-    from rich.console import Console
-
     from luthier.cli import run
     from luthier.data.load import load
     from luthier.errors import RecipeError
     from luthier.recipe.race import LAPS, METHODS, OBJECTIVE, race, sized
     from luthier.recipe.source import write_recipe
 
-    console = Console(soft_wrap=True)
     allowed = _parameters(budget)
     objective = objective or OBJECTIVE.get(load(data).type, "sft")
     spec = _model(model, objective)
+    recipe_of = partial(_recipe, name, spec, seed, str(output), data, objective, steps=steps, test=test)
     if method == AUTO:
-        racing: Any = {"budget": allowed, "objective": objective, "seed": seed}
-        racing["methods"] = [n.strip() for n in candidates.split(",")] if candidates else METHODS
-        racing["laps"] = _whole_numbers(laps) or LAPS
-        found = race(spec, data, folder=output / f"{name}-race", **racing)
-        _show(found, console)
+        methods = [n.strip() for n in candidates.split(",")] if candidates else list(METHODS)
+        _require_overrides(recipe_of, methods, overrides or [])
+        racing: Any = {"budget": allowed, "objective": objective, "seed": seed, "methods": methods}
+        racing |= {"laps": _whole_numbers(laps) or LAPS, "folder": output / f"{name}-race"}
+        found = race(spec, data, **racing)
+        _show(found)
         chosen, why = found.winner, found.why
     elif candidates or laps:
         raise RecipeError("--candidates and --laps are of a race.", fix="Write --method auto, or drop them.")
     else:
         chosen, why = sized(spec, method, allowed, objective), ""
     file = output / f"{name}.yaml"
-    write_recipe(file, _recipe(name, spec, seed, str(output), data, objective, chosen, steps, test), why)
-    console.print(f"recipe  {file}")
+    write_recipe(file, recipe_of(chosen), why)
+    typer.echo(f"recipe  {file}")
     run.command(file, overrides)
+
+
+def _require_overrides(
+    recipe_of: "Callable[[Contender], dict[str, Any]]", methods: list[str], overrides: list[str]
+) -> None:
+    """Refuse before the race what fits the recipe of no contender."""
+    from luthier.errors import RecipeError
+    from luthier.recipe.race import Contender
+    from luthier.recipe.source import load_recipe, write_recipe
+
+    refused: RecipeError | None = None
+    for method in methods if overrides else []:
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / "draft.yaml"
+            write_recipe(file, recipe_of(Contender(method, {}, 1e-3, 0)), "")
+            try:
+                load_recipe(file, overrides)
+                return
+            except RecipeError as error:
+                refused = error
+    if refused is not None:
+        raise refused
 
 
 def _parameters(text: str) -> int | None:
@@ -135,10 +158,12 @@ def _recipe(
     return {"name": name, "model": model, "seed": seed, "output": output, "stages": stages}
 
 
-def _show(found: "Race", console: "Console") -> None:
+def _show(found: "Race") -> None:
     """The last lap of every contender, and the choice."""
+    from rich.console import Console
     from rich.table import Table
 
+    console = Console(soft_wrap=True)
     table = Table("contender", "steps", "held-out loss", "parameters", "tokens/s", header_style="bold")
     seen: set[str] = set()
     for laps in reversed(found.laps):

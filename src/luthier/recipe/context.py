@@ -199,6 +199,7 @@ class Context:
         resume: whether `work/checkpoints` holds what an interrupted session left.
         expected_memory: the plan's estimate of this stage's peak in bytes.
         outputs: the artefact folder of each earlier stage that has one, by its name.
+        trial: the run's models are compared and thrown away (`luthier.recipe.runner.run`).
         placement: how the model that the stage took is held; None before it took one.
     """
 
@@ -211,6 +212,7 @@ class Context:
     resume: bool = False
     expected_memory: int | None = None
     outputs: dict[str, Path] = field(default_factory=dict)
+    trial: bool = False
     placement: Placement | None = field(default=None, init=False)
 
     def method(self, spec: MethodSpec) -> Any:

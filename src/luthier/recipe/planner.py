@@ -5,9 +5,9 @@ Memory and operations of a training step are found by running one on tensors wit
 (`luthier.recipe.footprint`); time is operations over the speed of this machine's matrix products.
 """
 
+import json
 import logging
 import shutil
-import statistics
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +38,7 @@ from luthier.recipe.schema import (
     TuneStage,
     is_adapter,
 )
-from luthier.recipe.survey import Amount, amount
+from luthier.recipe.survey import Amount, Batch, amount
 from luthier.resources import resident_memory, show_bytes
 from luthier.tuning.attach import trainable as trained
 from luthier.tuning.merge import require_mergeable
@@ -52,7 +52,6 @@ _STATE = {
     "paged_lion_8bit": 1,
 }  # fmt: skip
 _ADAM = 8
-PACKED = 0.95  # share of a packed block that is filled
 
 
 @dataclass(frozen=True)
@@ -312,25 +311,63 @@ def _method(base: _Base, stage: TuneStage, before: Sequence[TuneStage]) -> Any:
     return method
 
 
-def _tune(base: _Base, stage: TuneStage, before: Sequence[TuneStage] = ()) -> StagePlan:
+@dataclass(frozen=True)
+class _Tuned:
+    """A model under a method: parameters, bytes of the base, of what is added, and of a training step."""
+
+    trainable: int
+    total: int
+    weights: int
+    added: int
+    step: footprint.Step
+
+
+_known: dict[tuple[Any, ...], _Tuned] = {}  # the runs of a comparison or a race differ in other things
+
+
+def _tuned(base: _Base, stage: TuneStage, before: Sequence[TuneStage], batch: Batch) -> _Tuned:
     placement = base.placement(train=not is_adapter(stage.method))
+    checkpointing = bool(
+        argument(stage, "gradient_checkpointing") or argument(stage, "activation_checkpointing")
+    )
+    key = (
+        json.dumps(base.config, sort_keys=True, default=str),
+        base.recipe.model.task,
+        base.num_labels,
+        placement,
+        stage.method.model_dump_json(),
+        stage.method.method.source,
+        batch.rows,
+        batch.length,
+        batch.labelled,
+        checkpointing,
+    )
+    if key in _known:
+        return _known[key]
     method = _method(base, stage, before)
     model = footprint.attach(base.model(placement), method)
     trainable, total = trained(model)
     weights, added, _ = footprint.sizes(model)
     if hasattr(method, "quantization"):
         weights -= quantized.saved(structure.base(model), method.quantization)
-    batch = _Batch.of(stage, base.amount(stage))
-    checkpointing = bool(
-        argument(stage, "gradient_checkpointing") or argument(stage, "activation_checkpointing")
-    )
     step = footprint.simulate(
         model, batch.rows, batch.length, placement, labelled=batch.labelled, checkpointing=checkpointing
     )
+    found = _Tuned(trainable, total, weights, added, step)
+    if not stage.method.artefacts:  # what other folders hold, or other stages of the recipe train
+        _known[key] = found
+    return found
+
+
+def _tune(base: _Base, stage: TuneStage, before: Sequence[TuneStage] = ()) -> StagePlan:
+    placement = base.placement(train=not is_adapter(stage.method))
+    batch = Batch.of(stage, base.amount(stage))
+    found = _tuned(base, stage, before, batch)
+    step, added = found.step, found.added
     optim = str(argument(stage, "optim"))
-    state = int(trainable * _STATE.get(optim, _ADAM))
+    state = int(found.trainable * _STATE.get(optim, _ADAM))
     memory = Memory(
-        weights=weights,
+        weights=found.weights,
         adapter=added,
         gradients=step.gradients,
         optimizer=state,
@@ -339,7 +376,7 @@ def _tune(base: _Base, stage: TuneStage, before: Sequence[TuneStage] = ()) -> St
         logits=step.logits,
         runtime=machine.RUNTIME,
     )
-    artefact = added or weights
+    artefact = added or found.weights
     accumulation = argument(stage, "gradient_accumulation_steps")
     forward_backward = machine.step_seconds(step.operations, step.written, placement)
     update = 2 * (step.gradients * 2 + state) / machine.bandwidth(placement.device)
@@ -347,8 +384,8 @@ def _tune(base: _Base, stage: TuneStage, before: Sequence[TuneStage] = ()) -> St
         stage.name,
         stage.kind,
         memory,
-        trainable,
-        total,
+        found.trainable,
+        found.total,
         seconds=machine.START + batch.steps * (accumulation * batch.fill * forward_backward + update),
         disk_bytes=artefact + _checkpoints(stage, artefact, state),
         artefact_bytes=artefact,
@@ -388,50 +425,6 @@ def _checkpoints(stage: TuneStage, artefact: int, state: int) -> int:
     kept = stage.training.get("save_total_limit", 2)
     each = artefact + (0 if argument(stage, "save_only_model") else state)
     return (1 + (kept or 10)) * each
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """What one forward pass of training sees.
-
-    Attributes:
-        rows, length: shape of the largest micro-batch, in tokens; documents that share a row are kept apart,
-            so they cost what rows of their length do.
-        labelled: its tokens that are trained.
-        fill: tokens of the mean micro-batch over those of the largest one.
-        steps: optimizer steps of the whole training.
-    """
-
-    rows: int
-    length: int
-    labelled: int
-    fill: float
-    steps: int
-
-    @classmethod
-    def of(cls, stage: TuneStage, data: Amount) -> "_Batch":
-        options = {o.name: o.default for o in stage.objective.method.options()} | stage.objective.options
-        limit = options.get("max_length") or max(data.lengths)
-        lengths = [min(n, limit) for n in data.lengths]
-        rows = int(argument(stage, "per_device_train_batch_size"))
-        examples, fill = len(lengths), 1.0
-        if options.get("packing") == "rows":
-            length = min(limit, sum(lengths))
-            examples = max(1, round(sum(lengths) / (length * PACKED)))
-        elif options.get("packing", False):  # the examples of a batch, one after another
-            mean = statistics.fmean(lengths)
-            # The largest of many sums of `rows` lengths lies about three deviations above their mean.
-            largest = min(max(lengths), mean + 3 * statistics.pstdev(lengths) / min(rows, examples) ** 0.5)
-            length, fill = round(largest), mean / largest
-        else:  # padded to the longest
-            length = sorted(lengths)[min(examples - 1, round(examples * (1 - 0.5 / rows)))]
-        rows = min(rows, examples)
-        epoch = max(1, -(-examples // (rows * argument(stage, "gradient_accumulation_steps"))))
-        steps = argument(stage, "max_steps")
-        if steps <= 0:
-            steps = round(epoch * argument(stage, "num_train_epochs"))
-        share = data.trained_share if options.get("train_on", "all") != "all" else 1.0
-        return cls(rows, max(1, length), max(1, int(rows * length * share)), fill, steps)
 
 
 def _compress(base: _Base, stage: CompressStage) -> StagePlan:

@@ -36,6 +36,9 @@ LAPS = (8, 24, 72)  # optimiser steps
 KEPT = 3  # one of so many goes on
 EQUAL = 0.01  # share of the loss below which two finalists count as equally good
 HELD_OUT = 64  # rows, and never more than a fifth of the data
+MEASURED = 2  # of them for each step of a lap: a loss costs half of what training on the same rows does
+LEAST = 16
+SAVED = 100  # steps after which a lap that takes longer leaves a checkpoint
 OBJECTIVE = {"classification": "classification", "text": "pretrain"}  # by the type of the rows; sft otherwise
 
 # Learning rates that a family's papers and users take, from careful to bold.
@@ -151,7 +154,7 @@ def race(
         "tune": {
             **_split(loaded, result.folder, seed),
             "objective": objective or OBJECTIVE.get(loaded.type, "sft"),
-            "training": training | {"eval_steps": 1.0, "save_steps": 1.0},
+            "training": training,
         },
     }
     entered = _contenders(base, methods, budget, result.left_out)
@@ -210,27 +213,37 @@ def _rates(name: str) -> tuple[float, ...]:
 
 def _size(base: dict[str, Any], name: str, budget: int | None) -> tuple[dict[str, Any], int]:
     """The options under which the method is as large as the budget allows, and its parameters."""
-    known = [option.name for option in taxonomy.find(name, "tuning").options()]
-    tried: list[dict[str, Any]] = [{}]
-    knobs = [option for option in SIZES if option in known]
-    if budget is not None and knobs:
-        tried, smallest = [], dict[str, Any]()
-        for knob in knobs:  # one after the other, each with those before at their smallest
-            tried += [smallest | {knob: size} for size in SIZES[knob]]
-            smallest[knob] = SIZES[knob][-1]
-        if "lora_alpha" in known:
-            tried = [options | {"lora_alpha": 2 * options["r"]} for options in tried]
-    for options in tried[:-1]:
+    tried: list[dict[str, Any]] = _sizes(name) if budget is not None else [{}]
+    found = _count(base, name, tried[-1])
+    if budget is not None and found > budget:
+        raise MethodError(f"{name} has {found:,} parameters at its smallest, and the budget is {budget:,}.")
+    low, high = 0, len(tried) - 1  # `high` fits; halved, for to put a method on a skeleton takes a second
+    while low < high:
+        middle = (low + high) // 2
         try:
-            count = _count(base, name, options)
+            count = _count(base, name, tried[middle])
         except MethodError:
-            continue  # more blocks than the model has, say; the smallest size tells what is wrong otherwise
-        if budget is None or count <= budget:
-            return options, count
-    count = _count(base, name, tried[-1])
-    if budget is None or count <= budget:
-        return tried[-1], count
-    raise MethodError(f"{name} has {count:,} parameters at its smallest, and the budget is {budget:,}.")
+            count = None  # more blocks than the model has, say
+        if count is None or (budget is not None and count > budget):
+            low = middle + 1
+        else:
+            high, found = middle, count
+    return tried[high], found
+
+
+def _sizes(name: str) -> list[dict[str, Any]]:
+    """The options that set how many parameters the method has, from the largest on."""
+    known = {option.name: option.default for option in taxonomy.find(name, "tuning").options()}
+    tried: list[dict[str, Any]] = []
+    smallest: dict[str, Any] = {}
+    for knob in (option for option in SIZES if option in known):
+        # One after the other: those before stay at their smallest, and this one has been at its default.
+        below = known[knob] if smallest and known[knob] else float("inf")
+        tried += [smallest | {knob: size} for size in SIZES[knob] if size < below]
+        smallest[knob] = SIZES[knob][-1]
+    if "lora_alpha" in known:
+        tried = [options | {"lora_alpha": 2 * options["r"]} for options in tried]
+    return tried or [{}]
 
 
 def _count(base: dict[str, Any], name: str, options: dict[str, Any]) -> int:
@@ -249,9 +262,19 @@ def _lap(base: dict[str, Any], contender: Contender, steps: int, models: "Models
     lap = Lap(contender, steps)
     method = {"name": contender.method} | contender.options
     label = f"{contender.method}-{contender.rate:g}-{steps}"
+    training = {
+        "max_steps": steps,
+        "learning_rate": contender.rate,
+        "eval_strategy": "steps",
+        "eval_steps": steps,  # once, at the end
+        "save_strategy": "steps" if steps > SAVED else "no",
+        "save_steps": SAVED,
+    }
+    held_out = base["tune"]["eval_data"] | {"limit": max(LEAST, MEASURED * steps)}
+    base = base | {"tune": base["tune"] | {"eval_data": held_out}}
     try:
-        made = _recipe(base, label, method, {"max_steps": steps, "learning_rate": contender.rate})
-        found = run(made, models=models).stages[0].manifest
+        made = _recipe(base, label, method, training)
+        found = run(made, models=models, trial=True).stages[0].manifest
     except LuthierError as error:
         lap.error = str(error)
         log.info("%s failed: %s", contender, error)

@@ -131,6 +131,7 @@ def run(
     models: "Models | None" = None,
     reuse: Sequence[Path] = (),
     show_plan: Callable[[Any], None] | None = None,
+    trial: bool = False,
 ) -> Run:
     """Run a recipe, or what of it is not done yet.
 
@@ -144,6 +145,7 @@ def run(
         models: a loaded model to share with other runs of this process.
         reuse: run folders whose finished stages are taken over where they have the same inputs.
         show_plan: called with the plan before anything is loaded.
+        trial: its models are compared and thrown away: what a tuning takes from general text is not measured.
 
     Raises:
         RecipeError: the recipe has faults; all are listed.
@@ -158,7 +160,7 @@ def run(
     except OSError as error:
         raise explain(error, folder) from error
     with _told_in_words(folder), locked(folder):
-        work = _Work(recipe, folder, models, reuse, force)
+        work = _Work(recipe, folder, models, reuse, force, trial)
         work.prepare(from_stage)
         work.require_resources(ignore_memory, show_plan)
         return work.go()
@@ -181,12 +183,19 @@ class _Work:
     """One run in progress, holding the run folder's lock."""
 
     def __init__(
-        self, recipe: Recipe, folder: Path, models: "Models | None", reuse: Sequence[Path], force: bool
+        self,
+        recipe: Recipe,
+        folder: Path,
+        models: "Models | None",
+        reuse: Sequence[Path],
+        force: bool,
+        trial: bool,
     ):
         self.recipe = recipe
         self.folder = folder
         self.models = models
         self.force = force
+        self.trial = trial
         self.folders = [StageFolder(folder, i, s.name) for i, s in enumerate(recipe.stages, 1)]
         self.first_forced = 0 if force else len(recipe.stages)
         self.reuse = [folder, folder / "superseded", *reuse]
@@ -360,6 +369,7 @@ class _Work:
             session.has_checkpoint,
             planned.memory.total if planned is not None else None,
             {name: output.artefact for name, output in trail.outputs.items()},
+            self.trial,
         )
         started = datetime.now().astimezone()
         release_memory()

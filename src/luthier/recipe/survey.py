@@ -1,5 +1,6 @@
-"""How much data a stage reads: its rows, and their lengths in tokens estimated from a sample."""
+"""How much data a stage reads: its rows, their lengths in tokens estimated from a sample, and its batches."""
 
+import statistics
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -7,11 +8,14 @@ from typing import Any
 from luthier.data.load import Loaded
 from luthier.errors import ModelError
 from luthier.models.sources import Source
+from luthier.recipe.cheaper import argument
 from luthier.recipe.leakage import prompts
+from luthier.recipe.schema import TuneStage
 
 SAMPLE = 64  # rows that are tokenised
 CHARACTERS = 4.0  # of a token, where there is no tokenizer yet
 MESSAGE = 5  # tokens that a chat template puts around a message
+PACKED = 0.95  # share of a packed block that is filled
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,50 @@ class Amount:
     @property
     def trained_share(self) -> float:
         return sum(self.answers) / max(1, self.tokens)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass of training sees.
+
+    Attributes:
+        rows, length: shape of the largest micro-batch, in tokens; documents that share a row are kept apart,
+            so they cost what rows of their length do.
+        labelled: its tokens that are trained.
+        fill: tokens of the mean micro-batch over those of the largest one.
+        steps: optimizer steps of the whole training.
+    """
+
+    rows: int
+    length: int
+    labelled: int
+    fill: float
+    steps: int
+
+    @classmethod
+    def of(cls, stage: TuneStage, data: Amount) -> "Batch":
+        options = {o.name: o.default for o in stage.objective.method.options()} | stage.objective.options
+        limit = options.get("max_length") or max(data.lengths)
+        lengths = [min(n, limit) for n in data.lengths]
+        rows = int(argument(stage, "per_device_train_batch_size"))
+        examples, fill = len(lengths), 1.0
+        if options.get("packing") == "rows":
+            length = min(limit, sum(lengths))
+            examples = max(1, round(sum(lengths) / (length * PACKED)))
+        elif options.get("packing", False):  # the examples of a batch, one after another
+            mean = statistics.fmean(lengths)
+            # The largest of many sums of `rows` lengths lies about three deviations above their mean.
+            largest = min(max(lengths), mean + 3 * statistics.pstdev(lengths) / min(rows, examples) ** 0.5)
+            length, fill = round(largest), mean / largest
+        else:  # padded to the longest
+            length = sorted(lengths)[min(examples - 1, round(examples * (1 - 0.5 / rows)))]
+        rows = min(rows, examples)
+        epoch = max(1, -(-examples // (rows * argument(stage, "gradient_accumulation_steps"))))
+        steps = argument(stage, "max_steps")
+        if steps <= 0:
+            steps = round(epoch * argument(stage, "num_train_epochs"))
+        share = data.trained_share if options.get("train_on", "all") != "all" else 1.0
+        return cls(rows, max(1, length), max(1, int(rows * length * share)), fill, steps)
 
 
 def amount(loaded: Loaded, source: Source) -> Amount:

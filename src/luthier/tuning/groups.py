@@ -88,7 +88,9 @@ def untie_head(model: nn.Module) -> None:
 def require_untieable(model: nn.Module) -> None:
     """Raise MethodError where a saved config would not keep the head untied (T5 ties it by construction)."""
     kept = type(model.config).from_dict({**model.config.to_dict(), "tie_word_embeddings": False})
-    if kept.tie_word_embeddings:
+    # BART ties the embeddings of encoder and decoder by the same word: saved untied, they would be lost.
+    beside = any(len(names) > 2 for names in structure.tie_groups(model))
+    if kept.tie_word_embeddings or (model.config.is_encoder_decoder and beside):
         raise MethodError(
             f"{type(model).__name__} always ties its head to the embeddings; it cannot have one of its own.",
             fix="Leave the head and the embeddings out.",

@@ -13,6 +13,7 @@ what its tuner lacks:
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft
@@ -92,12 +93,17 @@ class SvdTuner(AdaLoraModel):
         return {path: int((layer.lora_E[name] != 0).sum()) for path, layer in self.layers(name)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = self.model.forward(*args, **kwargs)
+        return self.model.forward(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # Entered in each forward of a PeftModel; one without a task type calls the base past our `forward`.
         watches = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if watches and not self.scheduled:
             self.require_schedule()
             self._seen = self._values() if self._seen is None else self._seen
-        return outputs
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
 
     def _values(self) -> Tensor:
         """All l, which every step of an optimiser moves (a fused one leaves no trace in their versions)."""

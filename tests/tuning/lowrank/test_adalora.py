@@ -270,12 +270,13 @@ def plain_trainer(model, folder, callbacks=(), **changes):
     )
 
 
-def test_a_plain_trainer_never_allocates_with_peft_and_is_stopped_with_ours(tmp_path):
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])  # without one PEFT goes past the tuner's forward
+def test_a_plain_trainer_never_allocates_with_peft_and_is_stopped_with_ours(task, tmp_path):
     theirs = plain_peft(tiny.llama(), 4)
     plain_trainer(theirs, tmp_path).train()
     assert theirs.peft_config["default"].rank_pattern is None
     assert set(kept(theirs)) == {6}
-    ours = peft.get_peft_model(tiny.llama(), method("adalora")(**OPTIONS, task_type="CAUSAL_LM"))
+    ours = peft.get_peft_model(tiny.llama(), method("adalora")(**OPTIONS, task_type=task))
     with pytest.raises(MethodError, match=r"without its schedule.*callbacks="):
         plain_trainer(ours, tmp_path).train()
 

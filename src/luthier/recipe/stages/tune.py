@@ -57,7 +57,7 @@ def run(stage: TuneStage, context: Context) -> StageResult:
     last = get_last_checkpoint(str(checkpoints)) if context.resume else None
     if last is not None:
         log.info("goes on from %s", Path(last).name)
-    speaks = structure.task(trainer.model) == "causal"
+    speaks = structure.task(trainer.model) == "causal" and not context.trial
     general = forgetting.general_perplexity(trainer.model, tokenizer) if speaks else None
     measured = trainer.train(resume_from_checkpoint=last).metrics
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -117,6 +117,9 @@ def _metrics(measured: dict[str, float], trainer: Any) -> dict[str, Any]:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if losses:
         found["loss"] = losses[-1]
+    held_out = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if trainer.state.best_metric is not None:
         found["eval_loss"] = trainer.state.best_metric
+    elif held_out:  # of the weights that are left, where no better ones were loaded again
+        found["eval_loss"] = held_out[-1]
     return found

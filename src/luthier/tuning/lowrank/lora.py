@@ -2,7 +2,8 @@
 
 Paper: Hu et al., 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685. Options:
 rsLoRA (Kalajdzievski, 2023, arXiv 2312.03732), LoRA+ (Hayou et al., 2024, arXiv 2402.12354), PiSSA (Meng
-et al., 2024, arXiv 2404.02948), OLoRA (Büyükakyüz, 2024, arXiv 2406.01775).
+et al., 2024, arXiv 2404.02948), OLoRA (Büyükakyüz, 2024, arXiv 2406.01775), EVA (Paischer et al., 2024,
+arXiv 2410.07170).
 Pick it when you want a small adapter that costs nothing once merged: the default among all tuning methods.
 Cost: r(in + out) parameters a linear layer; 2r(in + out) more operations a token until merged.
 
@@ -19,14 +20,17 @@ D is dropout on the adapter's branch. Trained: A and B, and the new head of a cl
     pissa           W = U S V^T: B = U_r sqrt(S_r / s), A = sqrt(S_r / s) V_r^T, base becomes W - s B A
     pissa_niter_N   the same with N rounds of a randomised SVD, far cheaper
     olora           W = Q R: B = Q_r, A = R_r, base becomes W - s B A
+    eva             A = V_r^T, B = 0, for what the layer reads in `eva_batches` batches of the training data,
+                    X (tokens, in) = U S V^T     (`tuning/eva.py`)
 
-The last three change the base. An adapter that fits the *original* base is the difference to the start,
+Pissa and olora change the base. An adapter that fits the *original* base is the difference to the start,
 s (B A - B0 A0) = s [B, B0] [A; -A0]: an ordinary LoRA of rank 2r. `luthier.save` writes it.
 
 LoRA+ (`loraplus_lr_ratio`) trains B at `ratio` times the learning rate of A.
 
-The layers are PEFT's. Ours: options with ranges, LoRA+ through the trainer's parameter groups, the
-conversion above, and refusing OLoRA on GPT-2's transposed weights, where PEFT's fails at the first forward.
+The layers are PEFT's. Ours: options with ranges, LoRA+ through the trainer's parameter groups, EVA through a
+callback, the conversion above, and refusing OLoRA on GPT-2's transposed weights, where PEFT's fails at the
+first forward.
 """
 
 from dataclasses import dataclass
@@ -35,13 +39,14 @@ from typing import Any
 
 import peft
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import MethodError
 from luthier.models.structure import linears
 from luthier.options import option
 from luthier.tuning import residual
+from luthier.tuning.eva import StartFromData
 from luthier.tuning.groups import Named, decay_groups
 from luthier.tuning.peft_options import Where, peft_options
 
@@ -59,19 +64,23 @@ class Config(Where, peft.LoraConfig):
     )
     use_rslora: bool = option(False, "scale by alpha / sqrt(r), which keeps large ranks learning")
     init_lora_weights: bool | str = option(
-        True, "initialisation: true, gaussian, orthogonal, pissa, pissa_niter_N or olora"
+        True, "initialisation: true, gaussian, orthogonal, pissa, pissa_niter_N, olora or eva"
     )
+    eva_config: Any = None
+    eva_batches: int = option(8, "batches of training data that eva reads", ge=1)
     loraplus_lr_ratio: float | None = option(None, "learning rate of B over that of A (LoRA+)", ge=1)
 
     def __post_init__(self) -> None:
         self.require_where(self.target_modules)
+        if self.init_lora_weights == "eva" and self.eva_config is None:
+            self.eva_config = peft.EvaConfig(rho=1.0)  # for PEFT's own `initialize_lora_eva_weights`
         super().__post_init__()
         name = self.init_lora_weights
-        known = ("gaussian", "orthogonal", "pissa", "olora")
+        known = ("gaussian", "orthogonal", "pissa", "olora", "eva")
         if isinstance(name, str) and name not in known and not _is_niter(name):
             raise MethodError(
                 f"init_lora_weights: '{name}' is not an initialisation.",
-                fix="Choose from: true, gaussian, orthogonal, pissa, pissa_niter_N (N rounds), olora.",
+                fix="Choose from: true, gaussian, orthogonal, pissa, pissa_niter_N (N rounds), olora, eva.",
             )
         self._initial: dict[str, Tensor] = {}
 
@@ -79,6 +88,9 @@ class Config(Where, peft.LoraConfig):
         """The fields of an ordinary `adapter_config.json`: without ours, which only training needs."""
         fields = super().to_dict()
         fields.pop("loraplus_lr_ratio")
+        fields.pop("eva_batches")
+        if self.init_lora_weights == "eva":  # PEFT cannot read its own record of it
+            fields |= {"init_lora_weights": True, "eva_config": None}
         return fields
 
     def check_model(self, model: nn.Module) -> None:
@@ -87,6 +99,14 @@ class Config(Where, peft.LoraConfig):
                 "init_lora_weights: olora cannot be used on transposed weights (GPT-2's Conv1D).",
                 fix="Write init_lora_weights: pissa.",
             )
+        if self.init_lora_weights == "eva" and model.config.is_encoder_decoder:
+            raise MethodError(
+                "init_lora_weights: eva reads the tokens that are trained, and an encoder has others.",
+                fix="Write init_lora_weights: pissa.",
+            )
+
+    def callbacks(self, model: nn.Module) -> list[TrainerCallback]:
+        return [StartFromData(model, self.eva_batches)] if self.init_lora_weights == "eva" else []
 
     def attached(self, model: peft.PeftModel) -> None:
         if residual.changes_base(self):

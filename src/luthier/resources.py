@@ -34,14 +34,17 @@ def release_memory() -> None:
     import gc
 
     gc.collect()
-    if sys.platform == "linux":
-        # glibc keeps freed blocks in its arenas, where RSS still counts them.
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    trim_heap()
     cuda = _cuda()
     if cuda is not None:
         cuda.empty_cache()
+
+
+def trim_heap() -> None:
+    """Give back what glibc keeps of freed blocks in its arenas, where RSS still counts them."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 class PeakMemory:

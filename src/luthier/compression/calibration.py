@@ -28,6 +28,7 @@ from luthier.compression.linear import QuantizedLinear, quantize_layer, quantize
 from luthier.compression.records import Record
 from luthier.errors import MethodError, ModelError
 from luthier.models import structure
+from luthier.resources import trim_heap
 from luthier.terminal import progress
 from luthier.tuning.probe import evaluating
 
@@ -77,6 +78,7 @@ def calibrate(
                     store.keep(block, found)
             records += found
             block.leave()
+            trim_heap()
             note = _note(found, time.perf_counter() - start)
             log.info("block %d of %d: %s", index + 1, len(stack), note)
             bar.update(task, advance=1, note=note)

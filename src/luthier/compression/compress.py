@@ -16,6 +16,7 @@ from luthier.compression.records import Record
 from luthier.errors import DataError, MethodError
 from luthier.models import structure
 from luthier.models.bits import digest
+from luthier.resources import trim_heap
 from luthier.tuning.soft_prompts import learnt_positions
 
 log = logging.getLogger("luthier.compression")
@@ -106,7 +107,11 @@ def _one_pass(
 
     wanting = next((c for c in configs if c.wants_data), None)
     if wanting is None:
-        return [record for block in chain(model) for record in change(block)]
+        records = []
+        for block in chain(model):
+            records += change(block)
+            trim_heap()
+        return records
     batches = _required(wanting, batches)
     identity = "" if folder is None else _identity(model, configs, batches)
     return calibrate(model, batches, change, folder=folder, identity=identity)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import luthier
 from luthier import checks
 from luthier.errors import CheckError, ModelError, ResourceError
-from luthier.models.saving import fingerprint, verify_export
+from luthier.models.saving import _clearly_worse, fingerprint, verify_export
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -189,6 +189,23 @@ class TestExport:
             verify_export(path, adapted, tokenizer, IDS)
         assert all(line.passed for line in lines)
         assert len(lines) == 4
+
+    def test_where_inputs_are_coarse_a_token_counts_only_if_another_is_clearly_likelier(self, tiny_llama):
+        with torch.no_grad():
+            tiny_llama.lm_head.weight.mul_(50)  # clear preferences
+        made = tiny_llama.generate(IDS, do_sample=False, min_new_tokens=4, max_new_tokens=4)
+        logits = tiny_llama(made).logits[:, IDS.shape[1] - 1 : -1].detach()
+        other = made.clone()
+        other[0, -1] = logits[0, -1].argmin()
+        tie = made.clone()
+        tie[0, -1] = logits[0, -1].topk(2).indices[1]
+        room = 2 * logits[0, -1].square().mean().sqrt()
+        gap = logits[0, -1].topk(2).values.diff().abs()
+        start = IDS.shape[1]
+        assert _clearly_worse(tiny_llama, made, start, 1e-4) == 0
+        assert _clearly_worse(tiny_llama, other, start, 0.1) == 1
+        assert _clearly_worse(tiny_llama, tie, start, 1.1 * float(gap / room)) == 0
+        assert _clearly_worse(tiny_llama, tie, start, 0.9 * float(gap / room)) == 1
 
     def test_weights_that_do_not_load_are_found(self, tmp_path, tiny_llama, tiny_tokenizer):
         path = luthier.save(tiny_llama, tmp_path / "m", tiny_tokenizer)

@@ -90,6 +90,21 @@ def test_the_next_stage_sees_the_compressed_model_in_this_process_and_in_another
     assert ppl(together.stages[1]) != pytest.approx(ppl(base.stages[0]), rel=1e-3)
 
 
+def test_a_second_way_may_start_from_the_base_again(place):
+    first, second = (
+        compress("{name: rtn, bits: 3, group_size: 16}"),
+        compress("{name: random, sparsity: 0.3}", ""),
+    )
+    again = second.replace("compress: {", "compress: {name: second, from_base: true, ")
+    done = run(
+        write(place, TUNE.replace("METHOD", "lora"), f"{first[:-1]}, from_base: true}}", again, name="ways")
+    )
+    alone = run(write(place, second, name="alone"))
+    ours, theirs = (load_file(run_.artefact / "model.safetensors") for run_ in (done, alone))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
 def test_records_every_layer_and_the_means(place):
     methods = "[{name: sparsegpt, pattern: '2:4'}, {name: gptq, group_size: 16}]"
     done = run(write(place, compress(methods), name="two"))

@@ -244,6 +244,16 @@ def test_numbers_stand_in_cells_only_where_all_have_room():
         assert svg.count('class="value"') == shown
 
 
+def test_what_shades_stand_for_stays_in_the_picture():
+    for values in ([0.1, 0.2], [0.048, 0.049, 0.050, 0.051, 0.052, 0.053]):
+        cells = {("gate_proj", block): value for block, value in enumerate(values)}
+        svg = charts.heat_map(cells, title="", write="{:.3f}".format)
+        below = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="start"[^>]*>([\d.]+)<', svg)
+        ends = [float(x) + 6.3 * len(text) for x, _, text in below]
+        assert len(ends) == 2  # the two values, or the least and the most of six
+        assert max(ends) <= charts.WIDTH
+
+
 def test_numbers_of_blocks_do_not_touch():
     for blocks in (2, 30, 80, 126):
         svg = charts.heat_map({("gate_proj", b): float(b) for b in range(blocks)}, title="", write=str)

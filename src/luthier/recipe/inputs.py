@@ -56,7 +56,7 @@ class Trail:
 
     def before(self, stage: Stage) -> Upstream | None:
         """What `stage` reads."""
-        return None if isinstance(stage, TuneStage) and stage.from_base else self.last
+        return None if isinstance(stage, TuneStage | CompressStage) and stage.from_base else self.last
 
     def add(self, stage: Stage, output: Upstream | None) -> None:
         """Take up what `stage` has left: None, or what it read, where it left nothing of its own."""

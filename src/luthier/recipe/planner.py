@@ -37,6 +37,7 @@ from luthier.recipe.schema import (
     Recipe,
     TuneStage,
     is_adapter,
+    since_base,
 )
 from luthier.recipe.survey import Amount, Batch, amount
 from luthier.resources import resident_memory, show_bytes
@@ -278,7 +279,9 @@ def _stage(base: _Base, index: int) -> StagePlan:
         return _search(base, stage) if stage.searches else _tune(base, stage, before)
     if isinstance(stage, CompressStage):
         return _compress(base, stage)
-    tuned = next((s for s in reversed(base.recipe.stages[:index]) if isinstance(s, TuneStage)), None)
+    tuned = next(
+        (s for s in reversed(since_base(base.recipe.stages[:index])) if isinstance(s, TuneStage)), None
+    )
     if isinstance(stage, EvaluateStage):
         return _evaluate(base, stage, tuned)
     return _export(base, stage, tuned)

@@ -312,6 +312,8 @@ class CompressStage(Stage):
     """A compression method, or a list of them, such as [smoothquant, gptq]."""
     calibration: Calibration | None = None
     """Data that the methods look at; methods that look at weights alone need none."""
+    from_base: bool = False
+    """Start from the recipe's model, whatever the stages before have left."""
 
     @field_validator("method", mode="before")
     @classmethod
@@ -524,6 +526,8 @@ class Recipe(Strict):
         for stage in self.stages:
             if isinstance(stage, TuneStage):
                 tuned = stage
+            elif isinstance(stage, CompressStage) and stage.from_base:
+                tuned = None
             elif isinstance(stage, ExportStage) and stage.merge is None:
                 stage.merge = stage.whole and tuned is not None and is_adapter(tuned.method)
         return self
@@ -573,6 +577,12 @@ def implied_task(stages: Sequence[Stage | None]) -> Task:
 def is_adapter(method: MethodSpec) -> bool:
     """Whether a tuning method leaves the model's own weights as they are: what it learns stands apart."""
     return method.method.path.split("/")[1] != "partial"
+
+
+def since_base(stages: Sequence[Stage | None]) -> Sequence[Stage | None]:
+    """Of these stages those that the model behind them comes from: the last `from_base`, and on."""
+    starts = [index for index, stage in enumerate(stages) if getattr(stage, "from_base", False)]
+    return stages[starts[-1] :] if starts else stages
 
 
 def meets(expectation: str, value: float) -> bool:

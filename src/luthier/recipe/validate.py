@@ -26,6 +26,7 @@ from luthier.recipe.schema import (
     TuneStage,
     implied_task,
     is_adapter,
+    since_base,
 )
 
 Problem = tuple[tuple[str | int, ...], str, str | None]
@@ -175,7 +176,7 @@ def _start(draft: Draft, place: tuple[str | int, ...], stage: TuneStage) -> Iter
     before = draft.stages[: int(place[1])]
     if None in before:
         return
-    changed = next((s for s in reversed(before) if isinstance(s, TuneStage | ExportStage)), None)
+    changed = next((s for s in reversed(since_base(before)) if isinstance(s, TuneStage | ExportStage)), None)
     if (
         isinstance(changed, TuneStage)
         and is_adapter(changed.method)
@@ -243,10 +244,10 @@ def _compress(draft: Draft, place: tuple[str | int, ...], stage: CompressStage) 
             if wants:
                 fix = "Add calibration: {data: some-text.txt} to the stage."
                 yield place, f"{spec.name} needs calibration data", fix
-    before = draft.stages[: int(place[1])]
+    before = [] if stage.from_base else since_base(draft.stages[: int(place[1])])
     changed = next((s for s in reversed(before) if isinstance(s, TuneStage | ExportStage)), None)
     if isinstance(changed, TuneStage) and is_adapter(changed.method) and not changed.searches:
-        fix = "Put `- export: {merge: true}` between the two."
+        fix = "Put `- export: {merge: true}` between the two, or write from_base: true."
         yield place, f"the model carries the adapter of stage '{changed.name}'", fix
     if draft.task == "seq2seq":
         yield place, "an encoder-decoder cannot be compressed block by block", "Use another model."
@@ -303,7 +304,7 @@ def _export(draft: Draft, place: tuple[str | int, ...], stage: ExportStage) -> I
     before = draft.stages[: int(place[1])]
     if None in before:  # what it would export is not known
         return
-    tuned = next((s for s in reversed(before) if isinstance(s, TuneStage)), None)
+    tuned = next((s for s in reversed(since_base(before)) if isinstance(s, TuneStage)), None)
     adapter = tuned is not None and is_adapter(tuned.method)
     method = tuned.method.name if tuned else ""
     if not stage.whole and not adapter:

@@ -282,13 +282,14 @@ def _block_numbers(blocks: range, left: float, width: float, bottom: float) -> s
 def _shade_legend(
     values: list[float], write: Callable[[float], str], shade: Callable[[float], float], left: float, y: float
 ) -> str:
-    """What a shade stands for: each value where they are few, else the least to the most in steps."""
+    """What a shade stands for: each value where few have room, else the least to the most in steps."""
     known = {write(v): v for v in sorted(values)}
     parts, x = [], left
-    if len(known) <= 6:
-        for text, value in known.items():
+    rooms = [18 + _LETTER * len(text) + 12 for text in known]
+    if len(known) <= 6 and left + sum(rooms) - 12 <= WIDTH:
+        for (text, value), room in zip(known.items(), rooms, strict=True):
             parts += [_cell(x, y, 15, 12, value, shade, text), _text(x + 18, y + 9.5, text, "start")]
-            x += 18 + _LETTER * len(text) + 12
+            x += room
         return "".join(parts)
     low, high = next(iter(known)), list(known)[-1]
     parts.append(_text(x, y + 9.5, low, "start"))

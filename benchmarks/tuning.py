@@ -101,7 +101,7 @@ TASKS = {
             "gradual_unfreezing": (4e-4, {"unit": "step", "unfreeze_every": 18}),
             "serial": (1e-3, {}),
             "parallel": (1e-4, {}),
-            "coda": (1e-3, {}),
+            "coda": (1e-3, {"reduction": 1.5}),
             "prompt": (1e-2, {}),
             "p_tuning": (1e-2, {}),
             "p_tuning_v2": (3e-2, {}),

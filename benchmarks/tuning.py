@@ -131,7 +131,7 @@ TASKS = {
             "prompt": (1e-2, {}),
             "p_tuning": (1e-2, {}),
             "p_tuning_v2": (3e-2, {}),
-            "prefix": (1e-3, {}),
+            "prefix": (4e-4, {}),
             "aprompt": (5e-2, {}),
             "lora": (1e-3, {}),
             "dora": (1e-3, {}),

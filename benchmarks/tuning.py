@@ -280,9 +280,11 @@ def main() -> None:
 
     print(f"| method | {task.metric} | 95 % | seeds | trainable | peak GB | tokens/s | artefact MB |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|", flush=True)
-    if not given.methods and not given.rates and (base := outcome(recipe(task, "untuned", None, 0.0, 0))):
-        print(row(task, "untuned", [base]), flush=True)
-    for name in given.methods or [m.name for m in luthier.methods("tuning") if not m.searches]:
+    for name in given.methods or ["untuned", *(m.name for m in luthier.methods("tuning") if not m.searches)]:
+        if name == "untuned":
+            if not given.rates and (base := outcome(recipe(task, name, None, 0.0, 0))):
+                print(row(task, name, [base]), flush=True)
+            continue
         if name not in task.settings and not given.rates:
             print(f"{name} has no settings for {given.task}", file=sys.stderr)
             continue

@@ -138,7 +138,7 @@ TASKS = {
             "krona": (1e-2, {}),
             "adalora": (1e-2, {}),
             "autolora": (1e-3, {"search_steps": 20}),
-            "dylora": (1e-3, {}),
+            "dylora": (1e-3, {"train_prefix": True}),
             "kadaptation": (3e-3, {}),
             "lora_fa": (1e-3, {}),
             "delta_lora": (1e-3, {}),

@@ -4,6 +4,7 @@
     python benchmarks/tuning.py tickets [--methods lora krona] [--seeds 0 1] [--output runs/tuning]
     python benchmarks/tuning.py math
     python benchmarks/tuning.py sst2
+    python benchmarks/tuning.py sst2 --table
 
 tickets: mails to JSON records, SmolLM2-135M. math: word problems with worked answers, the same model, scored
 by the last number on AddSub. sst2: sentiment of a sentence, MiniLM with a fresh classifier. The data of math
@@ -11,19 +12,27 @@ and sst2 are public files in ../shared/data (see `TASKS`). An artefact holds the
 
 A method has the learning rate and options of the task's `settings`: the best of a few rates on seed 2, which
 `--rates 1e-3 3e-3` tries. A method that has no settings yet is left out of the table, and named. Every run is
-a `luthier run` of its own: what is finished is not run again, so the benchmark may be stopped at any time.
+the recipe of a `luthier run`, in a process of its own on one thread. What came out is a line of
+benchmarks/results/tuning.jsonl: a run that stands there with the same recipe is not made again, so the
+benchmark may be stopped at any time, and `--table` prints what is there and runs nothing. After a change of
+the code that should change the figures, delete the lines that it concerns.
+
+Tokens/s are those of the processor time of the training, so that other work on the machine counts little.
 """
 
 import argparse
+import hashlib
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).parent / "results" / "tuning.jsonl"
 DATA = "../shared/data"
 SST2 = {"text": "0", "label": "1"}
 
@@ -44,16 +53,42 @@ TASKS = {
         tune={
             "data": "data/tickets/train.jsonl",
             "objective": {"name": "sft", "max_length": 256},
-            "training": {"max_steps": 100, "per_device_train_batch_size": 2, "warmup_steps": 0.05},
+            "training": {"max_steps": 40, "per_device_train_batch_size": 2, "warmup_steps": 0.05},
         },
         evaluate={
             "data": "data/tickets/test.jsonl",
             "metrics": ["field_f1", "exact_match"],
-            "samples": 64,
-            "batch_size": 64,
+            "samples": 32,
+            "batch_size": 32,
             "generation": {"max_new_tokens": 80},
         },
         metric="field_f1",
+        settings={
+            "full": (2e-4, {}),
+            "top_layers": (5e-4, {}),
+            "frozen_bottom": (5e-4, {}),
+            "gradual_unfreezing": (5e-4, {"unit": "step", "unfreeze_every": 5}),
+            "serial": (2e-3, {}),
+            "parallel": (2e-3, {}),
+            "prompt": (2e-2, {}),
+            "p_tuning": (2e-3, {"num_virtual_tokens": 10}),
+            "p_tuning_v2": (2e-2, {}),
+            "prefix": (2e-3, {"encoder_hidden_size": 512}),
+            "aprompt": (
+                2e-2,
+                {"num_virtual_tokens": 10, "kv_length": 10, "qk_rank": 4, "max_positions": 384},
+            ),
+            "lora": (2e-3, {}),
+            "dora": (2e-3, {}),
+            "krona": (1.5e-2, {}),
+            "adalora": (1e-2, {}),
+            "autolora": (2e-3, {"search_steps": 10}),
+            "dylora": (2e-3, {"train_prefix": True}),
+            "kadaptation": (5e-3, {}),
+            "lora_fa": (2e-3, {}),
+            "delta_lora": (2e-3, {}),
+            "qlora": (2e-3, {}),
+        },
     ),
     "math": Task(
         model="smollm2-135m",
@@ -92,18 +127,18 @@ TASKS = {
             "gradual_unfreezing": (4e-4, {"unit": "step", "unfreeze_every": 18}),
             "serial": (1e-3, {}),
             "parallel": (1e-4, {}),
-            "coda": (1e-3, {}),
+            "coda": (3e-3, {"reduction": 1.5}),
             "prompt": (1e-2, {}),
             "p_tuning": (1e-2, {}),
             "p_tuning_v2": (3e-2, {}),
-            "prefix": (1e-3, {}),
+            "prefix": (4e-4, {}),
             "aprompt": (5e-2, {}),
             "lora": (1e-3, {}),
             "dora": (1e-3, {}),
             "krona": (1e-2, {}),
             "adalora": (1e-2, {}),
-            "autolora": (1e-3, {}),
-            "dylora": (1e-3, {}),
+            "autolora": (1e-3, {"search_steps": 20}),
+            "dylora": (1e-3, {"train_prefix": True}),
             "kadaptation": (3e-3, {}),
             "lora_fa": (1e-3, {}),
             "delta_lora": (1e-3, {}),
@@ -123,44 +158,107 @@ def recipe(task: Task, name: str, method: dict[str, Any] | None, rate: float, se
     return {"name": name, "model": task.model, "seed": seed, "stages": stages}
 
 
-def run(folder: Path, made: dict[str, Any]) -> dict[str, Any] | None:
-    """What came out of a recipe: the manifests of its stages by kind; None where it failed."""
+def digest(made: dict[str, Any]) -> str:
+    """What a recorded run is known by: all of its recipe but the name."""
+    text = json.dumps({key: value for key, value in made.items() if key != "name"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def recorded() -> dict[str, dict[str, Any]]:
+    """The finished runs by the digest of their recipe."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return {one["recipe"]: one for one in map(json.loads, lines)}
+
+
+def execute(file: Path) -> None:
+    """Run a recipe in this process, told in the log beside it; the processor time of the training is kept."""
+    from transformers import Trainer
+
+    import luthier
+
+    log = os.open(file.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    train = Trainer.train
+
+    def timed(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        start = time.process_time()
+        output = train(self, *args, **kwargs)
+        file.with_suffix(".seconds").write_text(str(time.process_time() - start))
+        return output
+
+    Trainer.train = timed
+    luthier.run(file, output=file.parent, force=True)
+
+
+def run(task: str, folder: Path, made: dict[str, Any]) -> dict[str, Any] | None:
+    """What came out of a recipe, recorded; None where it failed. A recorded run is not made again."""
+    key = digest(made)
+    if key in (done := recorded()):
+        return done[key]
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{made['name']}.yaml"
     file.write_text(json.dumps(made, indent=1))  # JSON is YAML
-    command = ["luthier", "run", str(file), "--output", str(folder)]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with (folder / f"{made['name']}.log").open("w") as log:
-        done = subprocess.run(command, env=os.environ | {"PATH": path}, stdout=log, stderr=log)
-    if done.returncode:
-        print(f"{made['name']} failed: {log.name}", file=sys.stderr)
+    # A fork has this process's imports already, which are a fifth of a short run.
+    process = multiprocessing.get_context("fork").Process(target=execute, args=(file,))
+    process.start()
+    process.join()
+    if process.exitcode:
+        print(f"{made['name']} failed: {file.with_suffix('.log')}", file=sys.stderr)
         return None
-    found = {}
+    stages = {}
     for manifest in sorted((folder / made["name"]).glob("*/manifest.json")):
         stage = json.loads(manifest.read_text())
-        found[stage["stage"]] = stage
-    return found
+        stages[stage["stage"]] = stage
+    one = record(task, key, made, stages)
+    if "tune" in stages:
+        seconds = float(file.with_suffix(".seconds").read_text())
+        one["tokens_per_second"] = round(stages["tune"]["metrics"]["tokens"] / seconds)
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as results:
+        results.write(json.dumps(one) + "\n")
+    return one
+
+
+def record(task: str, key: str, made: dict[str, Any], stages: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a run."""
+    one = {"recipe": key, "task": task, "method": "untuned", "seed": made["seed"]}
+    if tuned := stages.get("tune"):
+        options = dict(made["stages"][0]["tune"]["method"])
+        one |= {"method": options.pop("name"), "options": options}
+        one["rate"] = made["stages"][0]["tune"]["training"]["learning_rate"]
+        one |= {key: tuned[key] for key in ("trainable", "peak_memory_bytes", "artefact_bytes")}
+        one["loss"] = tuned["metrics"].get("loss")
+    one["metrics"] = {
+        name: {key: round(metric[key], 4) for key in ("value", "low", "high")}
+        for name, metric in stages["evaluate"]["metrics"].items()
+    }
+    return one
 
 
 def row(task: Task, title: str, runs: list[dict[str, Any]]) -> str:
     """A line of the table: mean over the seeds, mean bounds of the runs' intervals, and the costs."""
-    scores = [one["evaluate"]["metrics"][task.metric] for one in runs]
+    scores = [one["metrics"][task.metric] for one in runs]
     value, low, high = (statistics.fmean(s[key] for s in scores) for key in ("value", "low", "high"))
     seeds = " / ".join(f"{s['value']:.3f}" for s in scores)
     cells = [title, f"{value:.3f}", f"{low:.2f} to {high:.2f}", seeds]
-    tuned = [one["tune"] for one in runs if "tune" in one]
+    tuned = [one for one in runs if "trainable" in one]
     if tuned:
-        mean = {key: statistics.fmean(t[key] for t in tuned) for key in ("trainable", "peak_memory_bytes")}
-        speed = statistics.fmean(t["metrics"]["tokens_per_second"] for t in tuned)
-        size = statistics.fmean(t["artefact_bytes"] for t in tuned)
-        cells += [f"{mean['trainable']:,.0f}", f"{mean['peak_memory_bytes'] / 1e9:.2f}"]
-        cells += [f"{speed:.0f}", f"{size / 1e6:.2f}"]
+        columns = ("trainable", "peak_memory_bytes", "tokens_per_second", "artefact_bytes")
+        learns, peak, speed, size = (statistics.fmean(t[key] for t in tuned) for key in columns)
+        cells += [f"{learns:,.0f}", f"{peak / 1e9:.2f}", f"{speed:.0f}", f"{size / 1e6:.2f}"]
     else:
         cells += ["-"] * 4
     return f"| {' | '.join(cells)} |"
 
 
+def title(name: str, rate: float, options: dict[str, Any]) -> str:
+    told = ", ".join([f"{rate:g}", *(f"{key} {value}" for key, value in options.items())])
+    return f"{name} ({told})"
+
+
 def main() -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     import luthier
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -168,31 +266,36 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--rates", nargs="+", type=float, help="search: these rates, on seed 2")
+    parser.add_argument("--table", action="store_true", help="run nothing: the table of what is recorded")
     parser.add_argument("--output", type=Path, default=Path("runs/tuning"))
     given = parser.parse_args()
     task, folder = TASKS[given.task], given.output / given.task
+    if not given.table:
+        import peft  # noqa: F401  what every run needs, before the fork
+        import transformers  # noqa: F401
+        import trl  # noqa: F401
+
+    def outcome(made: dict[str, Any]) -> dict[str, Any] | None:
+        return recorded().get(digest(made)) if given.table else run(given.task, folder, made)
+
     print(f"| method | {task.metric} | 95 % | seeds | trainable | peak GB | tokens/s | artefact MB |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|", flush=True)
-    if not given.methods and not given.rates:
-        base = run(folder, recipe(task, "untuned", None, 0.0, 0))
-        print(row(task, "untuned", [base] if base else []), flush=True)
-    for name in given.methods or [m.name for m in luthier.methods("tuning") if not m.searches]:
+    for name in given.methods or ["untuned", *(m.name for m in luthier.methods("tuning") if not m.searches)]:
+        if name == "untuned":
+            if not given.rates and (base := outcome(recipe(task, name, None, 0.0, 0))):
+                print(row(task, name, [base]), flush=True)
+            continue
         if name not in task.settings and not given.rates:
             print(f"{name} has no settings for {given.task}", file=sys.stderr)
             continue
         rate, options = task.settings.get(name, (0.0, {}))
-        if given.rates:
-            trials = [(f"{name} at {r:g}", r, 2) for r in given.rates]
-            for title, trial, seed in trials:
-                made = recipe(task, f"{name}-{trial:g}-{seed}", {"name": name} | options, trial, seed)
-                if found := run(folder, made):
-                    print(row(task, title, [found]), flush=True)
-            continue
-        method = {"name": name} | options
-        recipes = [recipe(task, f"{name}-{seed}", method, rate, seed) for seed in given.seeds]
-        runs = [found for one in recipes if (found := run(folder, one))]
-        if runs:
-            print(row(task, f"{name} ({rate:g})", runs), flush=True)
+        seeds = [2] if given.rates else given.seeds
+        for trial in given.rates or [rate]:
+            made = [recipe(task, f"{name}-{trial:g}-{s}", {"name": name} | options, trial, s) for s in seeds]
+            if runs := [found for one in made if (found := outcome(one))]:
+                print(row(task, title(name, trial, options), runs), flush=True)
+            elif given.table:
+                print(f"{name} has not run on {given.task}", file=sys.stderr)
 
 
 if __name__ == "__main__":

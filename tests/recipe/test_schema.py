@@ -2,7 +2,8 @@
 
 import pytest
 
-from luthier.recipe.schema import Recipe, json_schema, meets
+from luthier.recipe.expectation import meets
+from luthier.recipe.schema import Recipe, json_schema
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ def _one_pass(
 
     wanting = next((c for c in configs if c.wants_data), None)
     if wanting is None:
-        records = []
+        records: list[Record] = []
         for block in chain(model):
             records += change(block)
             trim_heap()

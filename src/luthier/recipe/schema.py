@@ -35,6 +35,7 @@ from luthier.evaluation.names import METRICS
 from luthier.models.names import attention_fault, device_fault
 from luthier.options import Option
 from luthier.recipe.arguments import generation_fault, training_fault, training_schema
+from luthier.recipe.expectation import EXPECTATION
 
 Task = Literal["causal", "classification", "seq2seq", "masked"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -42,7 +43,6 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 # Objectives that decide the kind of model; all others train a causal language model.
 TASK_OF_OBJECTIVE: dict[str, Task] = {"classification": "classification", "seq2seq": "seq2seq"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_EXPECTATION = re.compile(r"\s*(>=|<=|>|<)\s*([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*(%?)\s*")
 
 
 def fault(message: str, fix: str | None = None) -> PydanticCustomError:
@@ -375,7 +375,7 @@ class EvaluateStage(Stage):
             found: list[tuple[tuple[str | int, ...], str, str | None]] = [
                 ((key,), f"must be a comparison such as '>= 0.8', not {text!r}", None)
                 for key, text in expect.items()
-                if not (isinstance(text, str) and _EXPECTATION.fullmatch(text))
+                if not (isinstance(text, str) and EXPECTATION.fullmatch(text))
             ]
             if found:
                 raise faults(found, "expect")
@@ -583,14 +583,6 @@ def since_base(stages: Sequence[Stage | None]) -> Sequence[Stage | None]:
     """Of these stages those that the model behind them comes from: the last `from_base`, and on."""
     starts = [index for index, stage in enumerate(stages) if getattr(stage, "from_base", False)]
     return stages[starts[-1] :] if starts else stages
-
-
-def meets(expectation: str, value: float) -> bool:
-    """Whether a measured value satisfies an expectation such as '>= 0.8' or '< 12.5'."""
-    match = _EXPECTATION.fullmatch(expectation)
-    assert match is not None  # the schema let it through
-    sign, bound = match[1], float(match[2]) / (100 if match[3] else 1)
-    return {">=": value >= bound, ">": value > bound, "<=": value <= bound, "<": value < bound}[sign]
 
 
 def json_schema() -> dict[str, Any]:

@@ -9,8 +9,9 @@ from luthier import checks
 from luthier.evaluation.evaluate import evaluate
 from luthier.evaluation.names import METRICS
 from luthier.recipe.context import Context
+from luthier.recipe.expectation import meets
 from luthier.recipe.leakage import stage_data
-from luthier.recipe.schema import EvaluateStage, meets
+from luthier.recipe.schema import EvaluateStage
 from luthier.recipe.stages import StageResult
 
 log = logging.getLogger("luthier.recipe")

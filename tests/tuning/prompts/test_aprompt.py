@@ -141,6 +141,9 @@ class TestScores:
         assert models.forward(model, input_ids=models.ids(1, M)).isfinite().all()
         with pytest.raises(ModelError, match=r"text of 41 tokens is longer than the 40 positions"):
             model(models.ids(1, M + 1))
+        positions = torch.arange(M - 10).repeat(2)[None]  # a row longer than M, of documents that are not
+        row = {"input_ids": models.ids(1, 2 * (M - 10)), "position_ids": positions, "use_cache": False}
+        assert models.forward(model, **row).isfinite().all()
 
     def test_in_a_static_cache_are_refused(self, tiny_llama):
         model = adapted(tiny_llama, **SCORES).eval()

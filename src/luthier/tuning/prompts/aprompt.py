@@ -217,14 +217,15 @@ class Tuner(AttentionPromptTuner, InputPromptTuner):
         whole = past + text.shape[1]
         config = active[0]
         limit = config.max_positions + config.num_virtual_tokens
-        if config.qk_rank and whole > limit:
-            text_tokens = whole - self.prompt[0].length()
+        keys = self._counted(text, mask, kwargs.get("position_ids"), past)
+        # A row of packed documents may be longer than each of them is.
+        if config.qk_rank and whole > limit and (longest := int(keys.max()) + 1) > limit:
+            text_tokens = longest - self.prompt[0].length()
             raise ModelError(
                 f"A text of {text_tokens} tokens is longer than the {config.max_positions} positions of the "
                 "learnt scores.",
                 fix=f"Train with max_positions: {text_tokens} or more, or cut the texts.",
             )
-        keys = self._counted(text, mask, kwargs.get("position_ids"), past)
         where = self._longer[-1] if self._longer and trunk is self.trunk[0] else None
         rows = None if where is None else where.source.where(where.source < self.prompt[0].length(), -1)
         return args, kwargs | {"prompt_places": Places(keys[:, past:], keys, rows)}

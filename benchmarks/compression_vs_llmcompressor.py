@@ -125,11 +125,14 @@ def with_luthier(method: str, folder: Path, ids: list[list[int]], place: Path, d
 
 
 def with_peer(method: str, folder: Path, ids: list[list[int]], place: Path, dtype: str) -> float:
+    import torch
     from datasets import Dataset
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
+    if not torch.accelerator.is_available():
+        torch.Tensor.pin_memory = lambda tensor, *_: tensor  # its AWQ pins memory whether there is one or not
     data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
     start = time.perf_counter()
     oneshot(

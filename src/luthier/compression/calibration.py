@@ -2,7 +2,8 @@
 
 For every block the method gathers what it wants of the stored inputs and changes the block; then the outputs
 of the changed block become the inputs of the next, so that what is lost in one block is seen by those above.
-In memory are one set of hidden states (tokens x hidden), whatever the depth, and what a method holds of it.
+In memory are one set of hidden states (tokens x hidden), whatever the depth, and what a method holds of it;
+one more where settled parts of a block are remembered (`Block.settle`).
 
 A pass that is given a folder leaves there the state of each block as it was changed. After a kill the blocks
 that are done are read from there, and the pass goes on with the first that is not.

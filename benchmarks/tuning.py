@@ -92,7 +92,7 @@ TASKS = {
         tune={
             "data": f"{DATA}/llm_adapters_math_train.json",
             "objective": {"name": "sft", "max_length": 256},
-            "training": {"max_steps": 100, "per_device_train_batch_size": 4, "warmup_steps": 0.05},
+            "training": {"max_steps": 40, "per_device_train_batch_size": 4, "warmup_steps": 0.05},
         },
         evaluate={
             "data": f"{DATA}/addsub_test.json",

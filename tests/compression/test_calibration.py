@@ -206,6 +206,7 @@ GPTQ = {"group_size": 16, "bits": 3}
         ("gptq", GPTQ | {"symmetric": False, "activation_bits": 8, "activation_per": "static"}),
         ("sparsegpt", {"pattern": "2:4"}),
         ("wanda", {}),
+        ("smoothquant", {"bits": 4, "activation_per": "static"}),
     ],
 )
 def test_a_pass_that_was_killed_goes_on_to_the_same_end(monkeypatch, tmp_path, name, options):

@@ -40,6 +40,8 @@ class Block:
         name: full name of the module, such as "model.layers.3".
         hidden: inputs, each (batch, seq, hidden), replaced by the block's outputs when it is left.
         masks: which tokens of each batch are no padding, bool (batch, seq).
+        propagates: whether the blocks above see this one as it is left, else as it came. Then one run of it
+            does: in the first `observe`, outputs take the place of the inputs, and there is no second.
     """
 
     def __init__(
@@ -50,9 +52,12 @@ class Block:
         hidden: list[Tensor],
         calls: Sequence[Call],
         masks: Sequence[Tensor],
+        *,
+        propagates: bool = True,
     ):
         self.model, self.name, self.index = model, name, index
         self.hidden, self.calls, self.masks = hidden, calls, masks
+        self.propagates, self._left = propagates, False
         self._chosen: set[str] = set()
         self._settled: set[str] = set()
         self._known: dict[tuple[str, int], Any] = {}  # by module and batch
@@ -158,6 +163,9 @@ class Block:
 
     def leave(self) -> None:
         """Replace each batch of inputs by the block's output as it now is: the next block's inputs."""
+        if self._left:
+            return
+        self._left = True
         for index in range(len(self.hidden)):
             self.hidden[index] = self.run(index)
             for name, _ in self._settled_parts():
@@ -206,10 +214,12 @@ class Block:
         for name, statistic in statistics.items():
             fed.setdefault(id(statistic), name)
         readers = {name: layers[name] for name in fed.values()}
-        if not readers:
+        if not readers and self.propagates:
             return
+        assert not self._left, "the inputs are gone"
+        self._left = not self.propagates
         for index, mask in enumerate(self.masks):
-            for name, x in self._inputs(readers, index):
+            for name, x in self._inputs(readers, index, leave=self._left):
                 tokens = real_tokens(x, mask)
                 if not tokens.sum(dtype=torch.float32).isfinite():
                     raise MethodError(
@@ -223,8 +233,14 @@ class Block:
         found = self._inputs({name: self.all_layers()[name]}, index)
         return real_tokens(torch.cat([x.flatten(0, -2) for _, x in found]), self.masks[index])
 
-    def _inputs(self, layers: Mapping[str, nn.Module], index: int) -> list[tuple[str, Tensor]]:
-        """What layers were handed on one batch. The run of the block ends when all have been at work."""
+    def _inputs(
+        self, layers: Mapping[str, nn.Module], index: int, *, leave: bool = False
+    ) -> list[tuple[str, Tensor]]:
+        """What layers were handed on one batch. The run of the block ends when all have been at work.
+
+        Args:
+            leave: it ends with the block, whose output replaces the batch.
+        """
         found: list[tuple[str, Tensor]] = []
         waiting = set(layers)
 
@@ -232,13 +248,15 @@ class Block:
             def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 found.append((name, inputs[0]))
                 waiting.discard(name)
-                if not waiting:
+                if not waiting and not leave:
                     raise _Enough
 
             return hook
 
         with hooked(layers, keep), suppress(_Enough):
-            self.run(index)
+            made = self.run(index)
+            if leave:
+                self.hidden[index] = made
         return found
 
 

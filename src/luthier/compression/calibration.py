@@ -3,7 +3,8 @@
 For every block the method gathers what it wants of the stored inputs and changes the block; then the outputs
 of the changed block become the inputs of the next, so that what is lost in one block is seen by those above.
 In memory are one set of hidden states (tokens x hidden), whatever the depth, and what a method holds of it;
-one more where settled parts of a block are remembered (`Block.settle`).
+one more where settled parts of a block are remembered (`Block.settle`). Of methods that want the inputs of
+the model as it came (`propagates`) the blocks pass those on.
 
 A pass that is given a folder leaves there the state of each block as it was changed. After a kill the blocks
 that are done are read from there, and the pass goes on with the first that is not.
@@ -50,6 +51,7 @@ def calibrate(
     *,
     folder: Path | None = None,
     identity: str = "",
+    propagates: bool = True,
 ) -> list[Record]:
     """Change the blocks of a model one after the other.
 
@@ -58,6 +60,7 @@ def calibrate(
         change: changes a block in place and says what became of each layer.
         folder: where the state of finished blocks is kept, until the caller has saved the model and removes
             it; None keeps none.
+        propagates: see `Block`.
         identity: of methods, model and data. What a folder holds of another pass is not used.
 
     Raises:
@@ -70,7 +73,7 @@ def calibrate(
         hidden, calls, masks = catch(model, stack, batches)
         task = bar.add_task("", total=len(stack), note="")
         for index in range(len(stack)):
-            block = Block(model, f"{name}.{index}", index, hidden, calls[index], masks)
+            block = Block(model, f"{name}.{index}", index, hidden, calls[index], masks, propagates=propagates)
             start = time.perf_counter()
             found = store.restore(block) if store is not None else None
             if found is None:
@@ -226,6 +229,8 @@ class _Store:
         weights, said = self._files(block)
         if not said.is_file():
             return None
+        if not block.propagates:
+            block.leave()
         known = json.loads(said.read_text())
         state = load_file(weights, device=str(block.device))
         for name, layer in known["layers"].items():

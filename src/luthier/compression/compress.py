@@ -114,7 +114,8 @@ def _one_pass(
         return records
     batches = _required(wanting, batches)
     identity = "" if folder is None else _identity(model, configs, batches)
-    return calibrate(model, batches, change, folder=folder, identity=identity)
+    propagates = any(config.propagates for config in configs)
+    return calibrate(model, batches, change, folder=folder, identity=identity, propagates=propagates)
 
 
 def _shares(configs: Sequence[OneShot], chosen: Sequence[set[str]]) -> list[set[str]]:

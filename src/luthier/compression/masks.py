@@ -44,9 +44,11 @@ def lowest(scores: Tensor, sparsity: float, scope: str = "layer") -> Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     # Selecting is several times faster than sorting.
     limit = flat.kthvalue(count, dim=1, keepdim=True).values
-    mask, equal = flat < limit, flat == limit
-    missing = count - mask.sum(1, keepdim=True)
-    mask |= equal & (equal.cumsum(1) <= missing)
+    mask = flat <= limit
+    if int(mask.sum()) > count * len(flat):  # several are equal to the limit
+        mask = flat < limit
+        equal = flat == limit
+        mask |= equal & (equal.cumsum(1) <= count - mask.sum(1, keepdim=True))
     return mask.reshape(scores.shape)
 
 

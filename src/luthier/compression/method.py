@@ -7,7 +7,7 @@ a later one rounds, an earlier one only prepares.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -34,6 +34,7 @@ class OneShot:
 
     quantizes: ClassVar[bool] = False
     needs_data: ClassVar[bool] = True
+    propagates: ClassVar[bool] = True  # the blocks above a changed one see what it gives now
 
     @property
     def wants_data(self) -> bool:
@@ -138,24 +139,42 @@ class Quantizer(OneShot):
         own: Any = layer.weight
         return fit(weight, self.scheme, own.dtype, shrink)
 
-    def put(self, block: Block, name: str, layer: nn.Module, codes: Tensor, grid: Grid) -> None:
-        """Put the quantised layer in the place of the plain one."""
+    def put(
+        self,
+        block: Block,
+        name: str,
+        layer: nn.Module,
+        codes: Tensor,
+        grid: Grid,
+        peak: Tensor | None = None,
+    ) -> None:
+        """Put the quantised layer in the place of the plain one.
+
+        Args:
+            peak: largest magnitude of each input (in,), where it is known; else a static step looks for it.
+        """
         scale = None
         if self.activation_bits is not None and self.activation_per == "static":
-            moments = Moments(dimensions(layer)[1], block.device)
-            block.observe({name: moments})
-            scale = activation_step(moments.peak, self.activation_bits, "tensor")
+            if peak is None:
+                moments = Moments(dimensions(layer)[1], block.device)
+                block.observe({name: moments})
+                peak = moments.peak
+            scale = activation_step(peak, self.activation_bits, "tensor")
         block.replace(name, quantize_layer(layer, codes, grid, scale))
 
-    def round_layers(self, block: Block) -> Iterator[Record]:
-        """Round every layer of the block to the nearest: the last step of methods that only prepare."""
+    def round_layers(self, block: Block, peaks: Mapping[str, Tensor] | None = None) -> Iterator[Record]:
+        """Round every layer of the block to the nearest: the last step of methods that only prepare.
+
+        Args:
+            peaks: largest magnitude of each input of a layer, where it was seen.
+        """
         for name, layer in block.layers().items():
             start, own = time.perf_counter(), self.for_layer(name)
             weight = matrix(layer)
             grid = own.fit(layer, weight)
             codes = grid.quantize(weight)
             error = weight_error(grid.dequantize(codes) - weight, weight)
-            own.put(block, name, layer, codes, grid)
+            own.put(block, name, layer, codes, grid, (peaks or {}).get(name))
             seconds = time.perf_counter() - start
             yield Record(name, error, error, bits=own.bits, seconds=seconds, note="error of the weight")
 

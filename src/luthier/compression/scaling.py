@@ -23,7 +23,10 @@ log = logging.getLogger("luthier.compression")
 
 @dataclass
 class Scaling(Quantizer):
-    """A quantiser that scales before it rounds. `seen` is what it gathers of a group's inputs."""
+    """A quantiser that scales before it rounds.
+
+    `seen` is what it gathers of a group's inputs; `seen.peak` (in,) is the largest magnitude of each.
+    """
 
     def only_norms(self) -> bool:
         """Whether factors go into norms alone, not into earlier linear layers."""
@@ -81,7 +84,8 @@ class Scaling(Quantizer):
                 final = self.finish(name, weight, seen)
                 after[name] = self.error(weight, final, seen)
                 set_matrix(layer, final)
-        for record in self.round_layers(block):
+        peaks = {name: seen.peak for name, seen in self._seen.items()}
+        for record in self.round_layers(block, peaks):
             if record.name in after:
                 record.before, record.after = self._before[record.name], after[record.name]
                 record.note = self._notes[record.name]

@@ -75,14 +75,12 @@ class Hessian:
 
 
 class Moments:
-    """Of each feature: root of the sum of squares, mean and largest magnitude, least and greatest value."""
+    """Of each feature: root of the sum of squares, mean and largest magnitude."""
 
     def __init__(self, features: int, device: torch.device | str = "cpu"):
         self._squares = torch.zeros(features, dtype=torch.float64, device=device)
         self._magnitudes = torch.zeros(features, dtype=torch.float64, device=device)
         self.peak = torch.zeros(features, device=device)
-        self.low = torch.full((features,), torch.inf, device=device)
-        self.high = torch.full((features,), -torch.inf, device=device)
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
@@ -93,7 +91,6 @@ class Moments:
         self._squares += x.square().sum(0)
         self._magnitudes += size.sum(0)
         self.peak = torch.maximum(self.peak, size.amax(0))
-        self.low, self.high = torch.minimum(self.low, x.amin(0)), torch.maximum(self.high, x.amax(0))
         self.tokens += len(x)
 
     @property

@@ -129,6 +129,25 @@ def test_without_outliers_it_is_no_worse_than_a_bit():
     assert after(model, smoothquant()) < 2 * after(model, plain("token"))
 
 
+def rows_of_codes(model, *configs):
+    compress(model, list(configs), calibration=small.batches())
+    return {name: layer.codes for name, layer in quantized_layers(model).items()}
+
+
+def test_blocks_are_smoothed_by_what_the_model_gives_as_it_came():
+    """However coarse the blocks below became, unless a later method looks at rounded blocks."""
+    coarse = {"bits": 2, "activation_bits": 2}
+    second = [f"layers.1.self_attn.{n}_proj" for n in "qkvo"]
+    second += [f"layers.1.mlp.{n}_proj" for n in ("gate", "up", "down")]
+    whole = rows_of_codes(tiny.llama(), smoothquant(**coarse))
+    alone = rows_of_codes(tiny.llama(), smoothquant(**coarse, targets=second))
+    assert len(alone) == 7
+    assert all(torch.equal(whole[name], codes) for name, codes in alone.items())
+    gptq = method("gptq")(bits=2, group_size=None, targets=["layers.0.mlp.down_proj"])
+    seen = rows_of_codes(tiny.llama(), smoothquant(**coarse, targets=second), gptq)
+    assert not all(torch.equal(seen[name], codes) for name, codes in alone.items())
+
+
 def test_where_nothing_folds_it_is_plain_rounding_and_says_so():
     model = tiny.bert()
     layer = matrix(model.bert.encoder.layer[0].attention.self.query)

@@ -64,6 +64,10 @@ class Inputs:
         return self._moments.mean / self._divisor
 
     @property
+    def peak(self) -> Tensor:
+        return self._moments.peak / self._divisor
+
+    @property
     def hessian(self) -> Tensor:
         return self._hessian.value / self._divisor / self._divisor[:, None]
 

@@ -17,11 +17,15 @@ v -> o and up -> down, one factor for all query heads that share a head of value
 With `alpha: null` the exponent is searched for each group, 0, 0.05, ..., 1, by the squared error of the
 group's outputs on sampled inputs, both sides rounded. The authors give one alpha for a model (0.5; 0.8 to 0.9
 for Llama). A channel that is zero on all calibration data keeps s = 1; the authors' clamp would make it 1e-5.
+Inputs are those of the model as it came, blocks below included, as in the authors' code; in a list with a
+method that looks at what it changed (`propagates`), those of the changed blocks.
+
 Groups that no norm feeds alone (BERT, whose norms feed the residual stream too) are rounded as they are: the
 paper's explicit factor on that branch is not built.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -75,6 +79,8 @@ class Config(Scaling):
         None, "neighbours along the input that share a scale; null: the row", ge=0
     )
     activation_bits: int | None = option(8, "bits of a layer's inputs; null: floating point", ge=2, le=8)
+
+    propagates: ClassVar[bool] = False
 
     def only_norms(self) -> bool:
         return not self.all_rows

@@ -108,8 +108,9 @@ def test_the_mlp_of_a_prefix_shrinks_before_the_prefix_does(model):
 def test_sizes_are_tried_from_the_largest_on(model):
     """Or halving the list would pass over one that fits."""
     base = {"model": model, "output": ".", "seed": 0, "tune": {"data": "-", "objective": "sft"}}
-    for name in ("lora", "prefix", "p_tuning", "aprompt", "serial"):
-        counts = [_count(base, name, options) for options in _sizes(name)]
+    for name in ("lora", "adalora", "kadaptation", "prefix", "p_tuning", "aprompt", "serial"):
+        fitting = {"phm_dim": 8} if name == "kadaptation" else {}
+        counts = [_count(base, name, options | fitting) for options in _sizes(name)]
         assert counts == sorted(counts, reverse=True)
         assert counts[0] > counts[-1]
 

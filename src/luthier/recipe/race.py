@@ -55,7 +55,10 @@ SIZES = {
     "encoder_hidden_size": (512, 256, 128, 64, 32, 16),
     "num_virtual_tokens": (100, 50, 20, 10, 5, 2, 1),
     "k": (8, 4, 2, 1),
+    "init_r": (96, 48, 24, 12, 6, 3),
+    "phm_rank": (16, 8, 4, 2, 1),
 }
+FOLLOW = {"r": ("lora_alpha", 2.0), "init_r": ("target_r", 2 / 3)}  # what goes with a size, as a multiple
 
 
 @dataclass(frozen=True)
@@ -241,8 +244,9 @@ def _sizes(name: str) -> list[dict[str, Any]]:
         below = known[knob] if smallest and known[knob] else float("inf")
         tried += [smallest | {knob: size} for size in SIZES[knob] if size < below]
         smallest[knob] = SIZES[knob][-1]
-    if "lora_alpha" in known:
-        tried = [options | {"lora_alpha": 2 * options["r"]} for options in tried]
+    for knob, (other, share) in FOLLOW.items():
+        if other in known:
+            tried = [o | {other: round(share * o[knob])} if knob in o else o for o in tried]
     return tried or [{}]
 
 

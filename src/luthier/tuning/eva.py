@@ -25,13 +25,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
 
 from luthier import checks
 from luthier.errors import MethodError
+from luthier.tuning.batch_loss import Loss, LossCallback
 from luthier.tuning.probe import evaluating
 
-Loss = Callable[[dict[str, Any]], Tensor]
 MORE = 4  # directions that are kept on the way, for each that will be used
 
 
@@ -47,23 +46,12 @@ def take_in(found: Tensor | None, rows: Tensor, count: int) -> Tensor:
     return values[:count, None] * directions[:count]
 
 
-class StartFromData(TrainerCallback):
-    """Draws A from the first batches of the training data, before the first step.
-
-    Attributes:
-        loss_of: the loss of a batch; a trainer of ours puts its objective's here, else it is the model's.
-    """
+class StartFromData(LossCallback):
+    """Draws A from the first batches of the training data, before the first step."""
 
     def __init__(self, model: nn.Module, batches: int):
-        self.model: Any = model
+        super().__init__(model)
         self.batches = batches
-        self.loss_of: Loss = self._own_loss
-
-    def _own_loss(self, batch: dict[str, Any]) -> Tensor:
-        device = self.model.device
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        loss: Tensor = self.model(**inputs).loss
-        return loss
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any

@@ -226,7 +226,13 @@ def test_in_a_loop_of_ones_own_the_models_loss_holds_it():
     model.eval()
     plain = model(**batch).loss
     model.train()
-    assert torch.allclose(model(**batch).loss, plain + model.base_model.penalty())
+    penalty = model.base_model.penalty()
+    assert penalty > 0
+    assert torch.allclose(model(**batch).loss, plain + penalty)
+    untyped = random_attention(PeftModel(model.unload(), model.peft_config["default"]))
+    assert type(untyped) is PeftModel, "its forward is the model's own"
+    plain = untyped.eval()(**batch).loss
+    assert torch.allclose(untyped.train()(**batch).loss, plain + untyped.base_model.penalty())
 
 
 def test_sharded_weights_are_refused():

@@ -200,7 +200,7 @@ class Tuner(PlacedTuner):
     def penalty(self) -> Tensor:
         """lambda sum_places ||I - W_V||_F^2."""
         terms = [weight * fusion.away().square().sum() for fusion, weight in self.fusions()]
-        return torch.stack(terms).sum()
+        return torch.stack(terms).sum() if terms else torch.zeros(())
 
     @torch.no_grad()
     def add_penalty(self, scale: float = 1.0) -> None:
@@ -210,8 +210,17 @@ class Tuner(PlacedTuner):
             gradient = 2 * weight * scale * fusion.away()
             value.grad = gradient if value.grad is None else value.grad + gradient
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = super().forward(*args, **kwargs)
+    def __init__(self, model: Any, *args: Any, **kwargs: Any):
+        super().__init__(model, *args, **kwargs)
+        # Not in `forward`, which a PeftModel without a task type passes by.
+        self._hook = model.register_forward_hook(self._penalise)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        self._hook.remove()
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    def _penalise(self, _: Any, __: Any, outputs: Any) -> Any:
+        """Add the penalty to the loss in a training loop that knows nothing of it."""
         in_own_loop = self.training and torch.is_grad_enabled() and not self.driven
         if in_own_loop and getattr(outputs, "loss", None) is not None:
             outputs.loss = outputs.loss + self.penalty()

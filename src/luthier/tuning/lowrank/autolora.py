@@ -48,6 +48,7 @@ from transformers import TrainerCallback
 from luthier import checks
 from luthier.errors import MethodError
 from luthier.options import option
+from luthier.tuning.batch_loss import Loss, LossCallback
 from luthier.tuning.lora_factors import FactorConfig, Factors, FactorVariant, factor_layers
 from luthier.tuning.peft_options import peft_options
 from luthier.tuning.probe import evaluating
@@ -55,7 +56,6 @@ from luthier.tuning.probe import evaluating
 log = logging.getLogger("luthier.tuning")
 
 ROOT = "base_model.model."
-Loss = Callable[[dict[str, Any]], Tensor]
 
 
 @peft_options
@@ -198,23 +198,12 @@ def set_rank(layer: Any, name: str, rank: int, config: Config, path: str) -> dic
     return changed
 
 
-class SearchFirst(TrainerCallback):
-    """Searches the ranks before the first step of training.
-
-    Attributes:
-        loss_of: the loss of a batch; a trainer of ours puts its objective's here, else it is the model's.
-    """
+class SearchFirst(LossCallback):
+    """Searches the ranks before the first step of training."""
 
     def __init__(self, config: Config, model: nn.Module):
+        super().__init__(model)
         self.config = config
-        self.model: Any = model
-        self.loss_of: Loss = self._own_loss
-
-    def _own_loss(self, batch: dict[str, Any]) -> Tensor:
-        device = self.model.device
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        loss: Tensor = self.model(**inputs).loss
-        return loss
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any

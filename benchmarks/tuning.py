@@ -161,11 +161,12 @@ def recipe(task: Task, name: str, method: dict[str, Any] | None, rate: float, se
 
 
 def write_math() -> None:
-    """The training rows of math: those whose worked answer is right, and whose question AddSub does not ask."""
+    """The training rows of math: those with a right worked answer, whose question AddSub does not ask."""
     from luthier.evaluation.text_metrics import number_match
 
     rows, asked = (
-        json.loads(Path(DATA, name).read_text()) for name in ("llm_adapters_math_train.json", "addsub_test.json")
+        json.loads(Path(DATA, name).read_text())
+        for name in ("llm_adapters_math_train.json", "addsub_test.json")
     )
     known = {" ".join(row["instruction"].split()) for row in asked}
     kept = [

@@ -7,8 +7,9 @@
     python benchmarks/tuning.py sst2 --table
 
 tickets: mails to JSON records, SmolLM2-135M. math: word problems with worked answers, the same model, scored
-by the last number on AddSub. sst2: sentiment of a sentence, MiniLM with a fresh classifier. The data of math
-and sst2 are public files in ../shared/data (see `TASKS`). An artefact holds the tokenizer too (3.6, 0.9 MB).
+by the last number on AddSub, whose own questions are taken out of the training rows (data/math). sst2:
+sentiment of a sentence, MiniLM with a fresh classifier. The data of math and sst2 are public files in
+../shared/data (see `TASKS`). An artefact holds the tokenizer too (3.6, 0.9 MB).
 
 A method has the learning rate and options of the task's `settings`: the best of a few rates on seed 2, which
 `--rates 1e-3 3e-3` tries. A method that has no settings yet is left out of the table, and named. Every run is

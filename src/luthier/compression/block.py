@@ -207,7 +207,7 @@ class Block:
         Layers of a group may share one statistic: it is then fed once.
 
         Raises:
-            MethodError: a layer's inputs are not finite.
+            MethodError: a layer's inputs are not finite, or the block was left.
         """
         layers = self.all_layers()
         fed: dict[int, str] = {}
@@ -216,7 +216,11 @@ class Block:
         readers = {name: layers[name] for name in fed.values()}
         if not readers and self.propagates:
             return
-        assert not self._left, "the inputs are gone"
+        if self._left:
+            raise MethodError(
+                f"{min(statistics)} is not used on the first calibration row: its inputs are not known.",
+                fix="Give the batches in another order, or leave the layer out (exclude).",
+            )
         self._left = not self.propagates
         for index, mask in enumerate(self.masks):
             for name, x in self._inputs(readers, index, leave=self._left):

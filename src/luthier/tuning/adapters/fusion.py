@@ -141,6 +141,15 @@ class Tuner(PlacedTuner):
     prefix = "fusion_"
     driven = False  # a trainer's callback sees to the penalty
 
+    def __init__(self, model: Any, *args: Any, **kwargs: Any):
+        super().__init__(model, *args, **kwargs)
+        # Not in `forward`, which a PeftModel without a task type passes by.
+        self._hook = model.register_forward_hook(self._penalise)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        self._hook.remove()
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         self._trained = self._read(peft_config)
         if peft_config.fusion_dropout is None:
@@ -209,15 +218,6 @@ class Tuner(PlacedTuner):
             value = fusion.value.weight
             gradient = 2 * weight * scale * fusion.away()
             value.grad = gradient if value.grad is None else value.grad + gradient
-
-    def __init__(self, model: Any, *args: Any, **kwargs: Any):
-        super().__init__(model, *args, **kwargs)
-        # Not in `forward`, which a PeftModel without a task type passes by.
-        self._hook = model.register_forward_hook(self._penalise)
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        self._hook.remove()
-        return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def _penalise(self, _: Any, __: Any, outputs: Any) -> Any:
         """Add the penalty to the loss in a training loop that knows nothing of it."""

@@ -173,6 +173,30 @@ class TestParts:
             prompt.deep["default"].copy_(torch.stack([states[1][0]]))
         assert torch.allclose(models.forward(model, input_ids=text), expected, atol=1e-5)
 
+    @decoders
+    def test_rows_start_as_a_text_of_frequent_tokens(self, make):
+        """Also of an adapter that is added while another is active, and goes on being so."""
+        base = make()
+        table, text = base.get_input_embeddings().weight.detach().clone(), models.ids(2, 8, seed=1)
+        model = training.disturb(adapted(base, **ROWS, **PAIRS, **SCORES), 0.3)
+        first = models.forward(model, input_ids=text)
+        model.add_adapter("second", method("aprompt")(**(NOTHING | ROWS)))
+        assert torch.equal(models.forward(model, input_ids=text), first)
+        model.set_adapter("second")
+        rows = model.base_model.prompt[0].table["second"].detach()
+        start = torch.cdist(rows, table).argmin(1)
+        assert torch.equal(table[start], rows)
+        behind = torch.cat([start.expand(2, -1), text], 1)
+        expected = models.forward(make(), input_ids=behind)[:, P:]
+        assert torch.allclose(models.forward(model, input_ids=text), expected, atol=1e-5)
+
+    @every_model
+    def test_rows_start_at_random_where_that_is_asked(self, make):
+        model = adapted(make(), **(ROWS | {"num_virtual_tokens": 50}), init="random", init_std=0.3)
+        prompt = model.base_model.prompt[0]
+        for rows in (prompt.table["default"], prompt.deep["default"]):
+            assert 0.25 < float(rows.detach().std()) < 0.35
+
     @every_model
     def test_rows_of_every_layer_act(self, make):
         model = training.disturb(adapted(make(), **ROWS), 0.3)

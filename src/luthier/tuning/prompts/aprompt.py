@@ -19,8 +19,13 @@ position, the same as if Q_p and K_p were appended to the features of queries an
 to M tokens (`max_positions`); longer ones are refused.
 
 Trained: P_j of all layers, P_K, P_V, Q_p, K_p, and the new head of a classifier. Frozen: all else.
-All start from N(0, 0.02^2) but K_p = 0, so that the scores start as they were; Q_p learns from the second
-step on.
+P_K, P_V and Q_p start from N(0, 0.02^2), and K_p = 0, so that the scores start as they were; Q_p learns from
+the second step on. `init` says what the rows P_j start from:
+
+    vocabulary   embeddings of frequent tokens, as in prompt tuning; above the first layer, what the layers
+                 below make of those. So at the start the text stands behind a few words, and no more.
+    random       N(0, 0.02^2). A decoder's attention rests on its first token; random states in its place
+                 take that away, and it must be learnt again (SmolLM2: a loss of 9.5 instead of 3.1).
 
     decoder           rows in front of the text, as in prompt tuning
     encoder           rows behind the first token ([CLS]), which the classifier reads
@@ -34,9 +39,11 @@ and `qk_rank` of 0 leave a part out: with the first alone in one layer it is pro
 alone P-tuning v2 without the shift of positions.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig
@@ -49,6 +56,8 @@ from luthier.options import option
 from luthier.tuning.attention_prompt_tuner import AttentionPromptConfig, AttentionPromptTuner
 from luthier.tuning.attention_prompts import AttentionPrompt, Places, Site, find_sites, recording
 from luthier.tuning.input_prompts import InputPrompt, InputPromptConfig, InputPromptTuner
+from luthier.tuning.probe import evaluating
+from luthier.tuning.prompts.prompt import embedded, frequent_ids
 from luthier.tuning.registration import register
 from luthier.tuning.soft_prompts import get_own_names, text_of
 
@@ -63,7 +72,12 @@ class Config(AttentionPromptConfig, InputPromptConfig):
     kv_length: int = option(10, "number l of learnt keys and values in every attention", ge=0)
     qk_rank: int = option(4, "rank r of the learnt scores", ge=0)
     max_positions: int = option(512, "positions M that the learnt scores know: the longest text", ge=1)
-    init_std: float = option(0.02, "standard deviation of the prompts' start", ge=0)
+    init: Literal["vocabulary", "random"] = option(
+        "vocabulary",
+        "where the rows start: vocabulary (what each layer gets of frequent tokens), random",
+        choices=("vocabulary", "random"),
+    )
+    init_std: float = option(0.02, "standard deviation of what starts at random", ge=0)
     shift_positions: bool = False
 
     def __post_init__(self) -> None:
@@ -78,7 +92,13 @@ class Config(AttentionPromptConfig, InputPromptConfig):
         find_sites(model)
 
     def initial(self, model: PreTrainedModel, width: int) -> Tensor:
+        if self.starts_from(model):
+            return embedded(model, frequent_ids(model, self.num_virtual_tokens))
         return self.init_std * torch.randn(self.num_virtual_tokens, width)
+
+    def starts_from(self, model: PreTrainedModel) -> bool:
+        """Whether the rows begin as states of the model: not where they are loaded, or it has no numbers."""
+        return self.init == "vocabulary" and not self.inference_mode and model.device.type != "meta"
 
 
 def score_bias(
@@ -197,6 +217,37 @@ class Tuner(AttentionPromptTuner, InputPromptTuner):
         prompt = self.prompt[0]
         prompt.add_deep(adapter_name, self._blocks - 1, peft_config.init_std)
         prompt.deep.to(prompt.table[adapter_name])
+        if self._blocks > 1 and peft_config.starts_from(self.model):
+            prompt.deep[adapter_name].data.copy_(self._states(prompt.table[adapter_name]))
+
+    def _states(self, rows: Tensor) -> Tensor:
+        """What the layers above the first get if `rows` (P, width) are the text: (layers - 1, P, width)."""
+        found: list[Tensor] = []
+
+        def keep(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            found.append((args[0] if args else kwargs["hidden_states"])[0])
+
+        hooks = [
+            block.register_forward_pre_hook(keep, with_kwargs=True)
+            for block in structure.stacks(self.model)[0][1][1:]
+        ]
+        with self._disabled_prompts(), evaluating(self.model):
+            self.trunk[0](inputs_embeds=rows[None].to(self.model.dtype))
+        for hook in hooks:
+            hook.remove()
+        return torch.stack(found)
+
+    @contextmanager
+    def _disabled_prompts(self) -> Iterator[None]:
+        """The model as it is, whatever adapters are there already; nothing else of their state changes."""
+        layers = [layer for layer in (*self.attentions, *self.prompt) if not layer.disable_adapters]
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
 
     def _add(self, layer: AttentionPrompt, adapter: str, config: Any) -> None:
         if config.kv_length:

@@ -1,14 +1,18 @@
 """Every tuning method under the trainer that users get, with its proofs, packing and label-only loss."""
 
 import pytest
+import small_training as training
 import tiny
 import torch
 from datasets import Dataset
+from peft import PeftConfig
+from trl import SFTConfig, SFTTrainer
 from tuning_methods import METHODS, base, config
 
 import luthier
 from luthier import checks
 from luthier.errors import TrainingError
+from luthier.tuning import hooks
 
 
 def rows(count=8):
@@ -46,13 +50,39 @@ def losses(found):
 
 
 # CoDA chooses tokens among a whole text, and refuses to learn to write.
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "coda"])
+WRITERS = [name for name in METHODS if name != "coda"]
+ADAPTERS = [name for name in WRITERS if isinstance(config(name, tiny.llama), PeftConfig)]
+
+
+@pytest.mark.parametrize("name", WRITERS)
 def test_learns_with_every_proof_passed(name, tmp_path):
     with checks.collect() as lines:
         values = losses(trainer(name, tmp_path, max_steps=16))
     assert len(values) == 16
     assert values[-1] < values[0]
     assert all(line.passed for line in lines)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_trl_trains_it_as_a_peft_config(name, tmp_path):
+    args = SFTConfig(
+        output_dir=str(tmp_path), max_steps=3, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
+        learning_rate=1e-2, save_strategy="no", per_device_train_batch_size=2,
+    )  # fmt: skip
+    found = SFTTrainer(
+        base(name, tiny.llama), args, train_dataset=rows().remove_columns("labels"),
+        processing_class=tiny.tokenizer(), peft_config=config(name, tiny.llama),
+    )  # fmt: skip
+    for callback in hooks.callbacks(found.model):  # schedules, of those that have one
+        found.add_callback(callback)
+    before = training.weights(found.model)
+    learns = {n for n, p in found.model.named_parameters() if p.requires_grad}
+    found.train()
+    after = training.weights(found.model)
+    moved = {n for n in after if not torch.equal(before[n], after[n])}
+    # A schedule may let a part rest for three steps; Delta-LoRA moves the weights below its factors too.
+    assert moved
+    assert moved <= learns or name == "delta_lora", sorted(moved - learns)[:5]
 
 
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])

@@ -133,6 +133,17 @@ def test_an_adapter_learns_on_a_quantised_base_and_is_loaded_on_it(place):
     assert len(quantized_layers(again)) == 14
 
 
+@pytest.mark.parametrize("method", ["wanda", "llm_pruner, units: [mlp], ratio: 0.25"])
+def test_an_adapter_learns_on_a_pruned_base_and_is_loaded_on_it(place, method):
+    name = method.partition(",")[0]
+    stages = [compress(f"{{name: {method}}}"), TUNE.replace("METHOD", "lora"), EVALUATE]
+    done = run(write(place, *stages, name=f"lora-on-{name}"))
+    assert done.passed
+    record = json.loads((done.stages[1].artefact / "luthier.json").read_text())
+    assert record["base"]["name"] == str(done.stages[0].artefact.resolve())
+    luthier.load(done.stages[1].artefact, dtype="float32", device="cpu")
+
+
 def test_a_tuned_model_is_compressed_after_its_merge(place):
     stages = [TUNE.replace("METHOD", "lora"), "export: {merge: true}", compress("{name: wanda}"), EVALUATE]
     assert run(write(place, *stages, name="merged")).passed

@@ -1,5 +1,6 @@
 """Stages and runs share one loaded model, and each finds it as a fresh process would."""
 
+import json
 import logging
 from types import SimpleNamespace
 
@@ -120,6 +121,18 @@ class TestWhatWasTuned:
         )
         assert one.generation_config.to_dict() == two.generation_config.to_dict()
         assert not live.training
+
+    def test_is_a_base_by_the_name_that_it_has_now(self, context):
+        """An adapter on what a stage before left belongs to that stage's folder, as for a fresh process."""
+        context.upstream = tune(context, "full")
+        tuned = context.upstream.artefact
+        adapter = tune(context, "lora", r=4).artefact
+        record = json.loads((adapter / "luthier.json").read_text())["base"]
+        fresh, _ = luthier.load(tuned, dtype="float32")
+        assert record == fresh.luthier_origin
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == fresh.name_or_path == str(tuned)
+        luthier.load(adapter, dtype="float32")
 
     def test_two_methods_one_after_the_other_give_what_each_gives_alone(self, context):
         for _ in range(2):

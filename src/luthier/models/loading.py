@@ -85,18 +85,23 @@ def load(
     options["quantization"] = quantization
     model = _load_model(source.name, place_on_disk, where, revision=revision, **options)
     known = source.name if source.kind in ("alias", "hub") else str(Path(source.name).expanduser().resolve())
-    model.luthier_origin = {
-        "name": known,
-        "revision": revision,
-        "fingerprint": saving.fingerprint(model),
-        "rows": vocabulary.rows(model),
-    }
+    note_origin(model, known, revision)
     if quantization is not None:
         model.luthier_origin["quantization"] = quantization
     tokenizer = tokens.load(source.name, place_on_disk, trust_remote_code, revision)
     tokens.fit(model, tokenizer, task)
     model.luthier_template = tokenizer.chat_template
     return model, tokenizer
+
+
+def note_origin(model: PreTrainedModel, name: str, revision: str | None = None) -> None:
+    """Write on a model what it is as it stands: what adapters that are put on it name as their base."""
+    model.luthier_origin = {
+        "name": name,
+        "revision": revision,
+        "fingerprint": saving.fingerprint(model),
+        "rows": vocabulary.rows(model),
+    }
 
 
 def _load_model(

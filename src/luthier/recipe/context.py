@@ -21,7 +21,7 @@ from luthier.data import load as data
 from luthier.evaluation.text_prompt import TextPrompt
 from luthier.models import sources
 from luthier.models.bits import digest
-from luthier.models.loading import load, load_onto
+from luthier.models.loading import load, load_onto, note_origin
 from luthier.models.placement import Placement, place
 from luthier.recipe.inputs import Upstream, model_input
 from luthier.recipe.manifest import Manifest
@@ -89,6 +89,8 @@ class Models:
         if isinstance(model, PeftModel):
             return  # its base serves again; the adapter comes from its folder, as it does for everybody else
         if self._base.put_back(model):
+            note_origin(model, str(Path(state.name).expanduser().resolve()))
+            model.name_or_path = model.config._name_or_path = state.name
             self._tokenizer, self._state = tokenizer, state
         self._base = None  # its weights were trained
 

@@ -9,10 +9,19 @@ import sys
 from collections import namedtuple
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from luthier import resources
 from luthier.errors import ResourceError
-from luthier.resources import PeakMemory, require_space, require_writable
+from luthier.resources import (
+    PeakMemory,
+    replaces_weights,
+    require_space,
+    require_writable,
+    resident_memory,
+    trim_heap,
+)
 
 MB = 1024 * 1024
 SLACK = MB  # the kernel counts pages in batches
@@ -107,3 +116,29 @@ class TestSpace:
 def test_importing_it_loads_no_torch():
     code = "import sys, luthier.resources; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@linux
+class TestReplacedWeights:
+    @pytest.fixture
+    def layer(self, tmp_path):
+        """A layer of 40 MB in a mapped file, all of it read."""
+        save_file({"weight": torch.ones(1000, 10_000)}, tmp_path / "model.safetensors")
+        layer = torch.nn.Linear(10_000, 1000, bias=False)
+        layer.weight.data = load_file(tmp_path / "model.safetensors")["weight"]
+        assert float(layer.weight.data.sum()) == 1e7
+        trim_heap()
+        return layer
+
+    def test_leave_memory_and_can_still_be_read(self, layer):
+        old, before = layer.weight.data, resident_memory()
+        with replaces_weights(layer):
+            layer.weight.data = torch.zeros(1, 1)
+        assert before - resident_memory() > 35 * MB
+        assert float(old.sum()) == 1e7
+
+    def test_that_are_none_stay(self, layer):
+        before = resident_memory()
+        with replaces_weights(layer):
+            pass
+        assert before - resident_memory() < 5 * MB

@@ -6,19 +6,26 @@ Torch-free: these are asked before anything heavy is imported.
 
 import ctypes
 import errno
+import mmap
 import os
 import platform
 import resource
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from luthier.errors import ResourceError
 
+if TYPE_CHECKING:
+    from torch import nn
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+_MADV_PAGEOUT = 21
 _measuring: list["PeakMemory"] = []
 
 
@@ -45,6 +52,34 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+@contextmanager
+def replaces_weights(module: "nn.Module") -> Iterator[None]:
+    """Around what puts others in the place of a module's weights: give the memory of the old ones back.
+
+    Weights that were loaded lie in a mapped file, whose pages stay in memory as long as any other weight of
+    it is used. The system is told to drop them; should anybody still read them, they come from the file.
+    """
+    before = _spans(module)
+    yield
+    for start, size in before - _spans(module):
+        _page_out(start, size)
+    trim_heap()
+
+
+def _spans(module: "nn.Module") -> set[tuple[int, int]]:
+    """Address and bytes of every parameter in the computer's own memory."""
+    return {(p.data_ptr(), p.nbytes) for p in module.parameters() if p.device.type == "cpu"}
+
+
+def _page_out(start: int, size: int) -> None:
+    """Ask Linux (5.4 and later) to drop whole pages of an address range; see madvise(2)."""
+    advise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+    page = mmap.PAGESIZE
+    first, last = -(-start // page) * page, (start + size) // page * page
+    if advise is not None and last > first:
+        advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_PAGEOUT)
 
 
 class PeakMemory:

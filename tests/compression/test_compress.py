@@ -1,6 +1,8 @@
 """`compress`: which methods go together, and that a mistake is named before anything is changed."""
 
+import gc
 import logging
+import weakref
 
 import peft
 import pytest
@@ -9,7 +11,7 @@ import tiny
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from luthier import method
+from luthier import method, resources
 from luthier.compression.compress import compress
 from luthier.compression.linear import matrix, quantized_layers
 from luthier.compression.masks import in_groups, share_of_zeros
@@ -245,6 +247,24 @@ def test_methods_that_look_at_weights_alone_do_not_run_the_model(name):
     model.model.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
     config = method(name)(**{"group_size": 16} if name == "rtn" else {})
     assert len(compress(model, config, calibration=DATA)) == 14
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq", "smoothquant"])
+def test_old_weights_are_freed_block_by_block(name, monkeypatch):
+    """Else a pass would hold the whole model twice."""
+    model = tiny.llama(num_hidden_layers=3)
+    old = [weakref.ref(block.mlp.up_proj) for block in model.model.layers]
+    held = []
+    gives_back = resources.trim_heap
+
+    def look():
+        gc.collect()
+        held.append(sum(layer() is not None for layer in old))
+        gives_back()
+
+    monkeypatch.setattr(resources, "trim_heap", look)
+    compress(model, method(name)(**({} if name == "smoothquant" else {"group_size": 16})), calibration=DATA)
+    assert held == [2, 1, 0]
 
 
 def test_the_same_twice():

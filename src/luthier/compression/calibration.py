@@ -30,7 +30,7 @@ from luthier.compression.linear import QuantizedLinear, quantize_layer, quantize
 from luthier.compression.records import Record
 from luthier.errors import MethodError, ModelError
 from luthier.models import structure
-from luthier.resources import trim_heap
+from luthier.resources import replaces_weights
 from luthier.terminal import progress
 from luthier.tuning.probe import evaluating
 
@@ -75,14 +75,14 @@ def calibrate(
         for index in range(len(stack)):
             block = Block(model, f"{name}.{index}", index, hidden, calls[index], masks, propagates=propagates)
             start = time.perf_counter()
-            found = store.restore(block) if store is not None else None
-            if found is None:
-                found = list(change(block))
-                if store is not None:
-                    store.keep(block, found)
-            records += found
-            block.leave()
-            trim_heap()
+            with replaces_weights(block.module):
+                found = store.restore(block) if store is not None else None
+                if found is None:
+                    found = list(change(block))
+                    if store is not None:
+                        store.keep(block, found)
+                records += found
+                block.leave()
             note = _note(found, time.perf_counter() - start)
             log.info("block %d of %d: %s", index + 1, len(stack), note)
             bar.update(task, advance=1, note=note)

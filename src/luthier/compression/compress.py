@@ -16,7 +16,7 @@ from luthier.compression.records import Record
 from luthier.errors import DataError, MethodError
 from luthier.models import structure
 from luthier.models.bits import digest
-from luthier.resources import trim_heap
+from luthier.resources import replaces_weights
 from luthier.tuning.soft_prompts import learnt_positions
 
 log = logging.getLogger("luthier.compression")
@@ -89,11 +89,10 @@ def _passes(configs: Sequence[Any]) -> list[list[Any]]:
 def _one_pass(
     model: nn.Module, configs: list[OneShot], batches: list[Batch], folder: Path | None
 ) -> list[Record]:
-    layers = structure.linears(model)
     chosen = [choose_layers(model, c.targets, c.exclude) for c in configs]
     for config, names in zip(configs, chosen, strict=True):
         for name in sorted(names):
-            config.check(name, layers[name])
+            config.check(name, model.get_submodule(name))
     own = _shares(configs, chosen)
     _say_what_is_left(model)
 
@@ -109,8 +108,8 @@ def _one_pass(
     if wanting is None:
         records: list[Record] = []
         for block in chain(model):
-            records += change(block)
-            trim_heap()
+            with replaces_weights(block.module):
+                records += change(block)
         return records
     batches = _required(wanting, batches)
     identity = "" if folder is None else _identity(model, configs, batches)

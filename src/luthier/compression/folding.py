@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.acceleration.float32 import LinearLayers
 from luthier.compression.block import Block, first_rows, real_tokens
-from luthier.compression.linear import QuantizedLinear, dimensions
+from luthier.compression.linear import QuantizedLinear, dimensions, set_values
 
 TOLERANCE = 1e-4  # of a block's output, relative to what the block adds to its input, token by token
 TOKENS = 1024  # on which a change is tried, at most, and at least one row
@@ -79,7 +79,7 @@ class Row:
         assert self.maker
         for name in self.readers:
             for weight in _reading(root.get_submodule(name), self.features):
-                weight.data.copy_(weight.float() * _along(root.get_submodule(name), factors))
+                set_values(weight, weight.float() * _along(root.get_submodule(name), factors))
         maker: Any = root.get_submodule(self.maker)
         if self.by_norm:
             _divide_norm(maker, factors, self.offset)
@@ -87,9 +87,9 @@ class Row:
         divisor = torch.ones(dimensions(maker)[0], device=factors.device)
         divisor[self.outputs.to(factors.device)] = factors
         weight = maker.weight
-        weight.data.copy_(weight.float() / (divisor if isinstance(maker, Conv1D) else divisor[:, None]))
+        set_values(weight, weight.float() / (divisor if isinstance(maker, Conv1D) else divisor[:, None]))
         if maker.bias is not None:
-            maker.bias.data.copy_(maker.bias.float() / divisor)
+            set_values(maker.bias, maker.bias.float() / divisor)
 
 
 @dataclass(frozen=True)
@@ -131,15 +131,15 @@ class Order:
         for name in self.readers:
             reader = root.get_submodule(name)
             for weight in _reading(reader, self.features):
-                weight.data.copy_(weight[order] if isinstance(reader, Conv1D) else weight[..., order])
+                set_values(weight, weight[order] if isinstance(reader, Conv1D) else weight[..., order])
         for name, outputs in self.makers:
             maker: Any = root.get_submodule(name)
             rows = torch.arange(dimensions(maker)[0])
             rows[outputs] = outputs[order]
             weight = maker.weight
-            weight.data.copy_(weight[:, rows] if isinstance(maker, Conv1D) else weight[rows])
+            set_values(weight, weight[:, rows] if isinstance(maker, Conv1D) else weight[rows])
             if maker.bias is not None:
-                maker.bias.data.copy_(maker.bias[rows])
+                set_values(maker.bias, maker.bias[rows])
 
 
 def find(block: Block, *, only_norms: bool = False) -> list[Row]:
@@ -236,7 +236,7 @@ class _Probe:
     """A float32 copy of a block that is run on a few rows of the first batch, to see and to try."""
 
     def __init__(self, block: Block):
-        self.module = copy.deepcopy(block.module).float()
+        self.module = _copied(block.module).float()
         batch, length = block.masks[0].shape
         call = block.calls[0]
         given = (block.hidden[0], block.masks[0], call.arguments, call.options)
@@ -387,7 +387,7 @@ class _Probe:
 
     def proves(self, change: Callable[[nn.Module], None]) -> bool:
         """Whether a changed copy of the block computes the same."""
-        trial = copy.deepcopy(self.module)
+        trial = _copied(self.module)
         change(trial)
         error = (self.run(trial) - self.output).norm(dim=-1)
         # Measured against what the block adds; a stream that is far larger would hide any error.
@@ -402,6 +402,12 @@ class _Probe:
     def shuffled(self, count: int, span: int) -> Tensor:
         """So many orders of `span` neighbours."""
         return torch.stack([torch.randperm(span, generator=self._generator) for _ in range(count)])
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy whose parameters share their values with the module's, until either gets others."""
+    shared = {id(p): nn.Parameter(p.data, requires_grad=False) for p in module.parameters()}
+    return copy.deepcopy(module, dict(shared))
 
 
 def _key(tensor: Tensor) -> _Key:
@@ -447,7 +453,7 @@ def _along(module: nn.Module, factors: Tensor) -> Tensor:
 def _divide_norm(norm: nn.Module, factors: Tensor, offset: float) -> None:
     for name, parameter in norm.named_parameters(recurse=False):
         shift = 0.0 if name == "bias" else offset
-        parameter.data.copy_((parameter.float() + shift) / factors - shift)
+        set_values(parameter, (parameter.float() + shift) / factors - shift)
 
 
 def _shared_outside(block: Block) -> set[str]:

@@ -89,9 +89,17 @@ def matrix(layer: nn.Module) -> Tensor:
 
 
 def set_matrix(layer: nn.Module, weight: Tensor) -> None:
-    """Write a weight (out, in) back into a plain linear layer, in the layer's own dtype and layout."""
-    own: Any = layer.weight
-    own.data.copy_(weight.T if isinstance(layer, Conv1D) else weight)
+    """Give a plain linear layer another weight (out, in), in the layer's own dtype and layout."""
+    set_values(layer.weight, weight.T if isinstance(layer, Conv1D) else weight)
+
+
+def set_values(parameter: Any, values: Tensor) -> None:
+    """Let a parameter hold other values, in its own dtype.
+
+    They are not written into its memory: that may be pages of a mapped checkpoint, which would become a copy
+    that stays as long as the file is mapped; and a copy of the module may read it.
+    """
+    parameter.data = values.to(parameter.dtype).contiguous()
 
 
 def dimensions(layer: nn.Module) -> tuple[int, int]:

@@ -61,7 +61,7 @@ LANGUAGE: dict[str, tuple[float, dict[str, Any]]] = {
     "p_tuning": (2e-3, {"num_virtual_tokens": 10}),
     "p_tuning_v2": (2e-2, {}),
     "prefix": (2e-3, {"encoder_hidden_size": 512}),
-    "aprompt": (1e-3, {}),
+    "aprompt": (1e-1, {}),
     "lora": (2e-3, {}),
     "dora": (2e-3, {}),
     "krona": (1.5e-2, {}),
@@ -107,7 +107,12 @@ TASKS = {
             "generation": {"max_new_tokens": 80},
         },
         metric="final_number",
-        settings=LANGUAGE,
+        settings=LANGUAGE
+        | {
+            "top_layers": (1e-4, {"k": 15}),
+            "frozen_bottom": (1e-4, {}),
+            "prompt": (5e-3, {}),
+        },
     ),
     "sst2": Task(
         model={"name": "minilm", "task": "classification"},

@@ -1,12 +1,12 @@
-"""Products of float32 through oneDNN: what torch computes, and who goes torch's way."""
+"""Linear layers and attention in float32: what torch computes, and what goes torch's way."""
 
 import pytest
 import tiny
 import torch
 from torch.nn import functional
 
-from luthier.acceleration import float32
-from luthier.acceleration.float32 import LinearLayers, linear
+from luthier.acceleration import float32, native
+from luthier.acceleration.float32 import Float32, attention, linear
 
 pytestmark = pytest.mark.skipif(float32._product is None, reason="this torch is built without oneDNN")
 
@@ -67,11 +67,103 @@ def test_the_layers_of_a_model_compute_so_and_only_inside(products):
     with torch.no_grad():
         plain = model(ids).logits
         assert not products
-        with LinearLayers():
+        with Float32():
             found = model(ids).logits
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     assert len(products) == len(layers)
     assert torch.allclose(found, plain, atol=1e-5)
-    with LinearLayers():
+    with Float32():
         model(ids).logits.square().mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+machine = pytest.mark.skipif(not native.here(), reason=f"no kernels: {native._library()}")
+torchs = functional.scaled_dot_product_attention
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """The shapes of queries that our kernel was handed."""
+    found, plain = [], native.attention
+
+    def attend(query, *rest, **options):
+        found.append(tuple(query.shape))
+        return plain(query, *rest, **options)
+
+    monkeypatch.setattr(native, "attention", attend)
+    return found
+
+
+def heads_of(batch, heads, seq, dim, times=1.0):
+    """As a model makes them: (batch, seq, heads, dim), turned."""
+    return times * made(batch, seq, heads, dim).transpose(1, 2)
+
+
+@machine
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "seq", "dim"),
+    [
+        (9, 3, 100, 64),
+        (4, 4, 1, 16),
+        (4, 2, 7, 48),
+        (2, 1, 130, 128),
+        (3, 3, 64, 80),
+        (2, 2, 49, 32),
+        (1, 1, 96, 144),
+    ],
+)
+def test_attention_is_that_of_torch(attended, heads, kv_heads, seq, dim, causal):
+    q, k, v = (heads_of(2, n, seq, dim, times) for n, times in ((heads, 3), (kv_heads, 1), (kv_heads, 1)))
+    options = {"is_causal": causal, "enable_gqa": heads != kv_heads}
+    exact = torchs(q.double(), k.double(), v.double(), **options)
+    found = attention(q, k, v, **options)
+    assert attended == [(2, heads, seq, dim)]
+    assert torch.allclose(found.double(), exact, rtol=0, atol=1e-5)
+    assert torch.allclose(
+        attention(q, k, v, scale=0.3, **options), torchs(q, k, v, scale=0.3, **options), atol=1e-5
+    )
+
+
+@machine
+def test_attention_of_scores_that_are_huge_and_of_numbers_that_are_none(attended):
+    q, k, v = (heads_of(1, 2, 20, 16, times) for times in (100, 100, 1))
+    exact = torchs(q.double(), k.double(), v.double(), is_causal=True)
+    assert torch.allclose(attention(q, k, v, is_causal=True).double(), exact, atol=1e-4)
+    k[0, 0, 5, 3] = torch.nan
+    found = attention(q, k, v, is_causal=True)
+    assert found[0, 0, 5:].isnan().all()
+    assert found[0, 0, :5].isfinite().all()
+    assert found[0, 1].isfinite().all()
+
+
+def test_attention_that_is_not_ours_goes_the_way_of_torch(attended):
+    q, k, v = (heads_of(2, 4, 6, 16) for _ in range(3))
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    for queries, keys, values, options in (
+        (q, k, v, {"attn_mask": mask}),
+        (q[:, :, -1:], k, v, {}),  # behind a cache
+        (q[..., :8], k[..., :8], v[..., :8], {}),
+        (q.double(), k.double(), v.double(), {"is_causal": True}),
+        (q.bfloat16(), k.bfloat16(), v.bfloat16(), {"is_causal": True}),
+        (q[0], k[0], v[0], {}),
+        (q.clone().requires_grad_(), k, v, {}),
+    ):
+        assert torch.equal(
+            attention(queries, keys, values, **options), torchs(queries, keys, values, **options)
+        )
+    assert not attended
+    with pytest.raises(RuntimeError):  # as torch: grouped heads want to be asked for
+        attention(q, k[:, :2], v[:, :2])
+
+
+@machine
+def test_the_attention_of_a_model_computes_so(attended):
+    model, ids = tiny.llama(head_dim=16), torch.arange(1, 11)[None]
+    with torch.no_grad():
+        plain = model(ids).logits
+        assert not attended
+        with Float32():
+            found = model(ids).logits
+    assert len(attended) == len(model.model.layers)
+    assert torch.allclose(found, plain, atol=1e-5)

@@ -1,8 +1,11 @@
-"""Products of float32 matrices through oneDNN, which on AMD's CPUs is twice as fast as torch's way to MKL.
+"""Linear layers and attention in float32, without a gradient, faster than torch's way to MKL.
 
-torch hands such products to MKL, which does not use all of what the CPUs of another maker have: on a Zen 5 it
-makes 100 billion operations a second and core, oneDNN 230, both exact to float32. The operator called here is
-the one to which torch's own compiler lowers linear layers; it has no gradient.
+torch hands products of matrices to MKL, which does not use all of what the CPUs of another maker have: on a
+Zen 5 it makes 100 billion operations a second and core, oneDNN 230, both exact to float32. The operator that
+is called here is the one to which torch's own compiler lowers linear layers.
+
+Attention is that of `attention.cpp` where the machine has it: of 2 x 9 heads of 512 tokens in 3.6 ms on one
+core, torch takes 13.8.
 """
 
 from typing import Any
@@ -11,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from luthier.acceleration import native
 
 _available = torch.backends.mkldnn.is_available()
 _product: Any = torch.ops.mkldnn._linear_pointwise.default if _available else None
@@ -39,9 +44,51 @@ def _taken(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-class LinearLayers(TorchFunctionMode):
-    """Inside `with LinearLayers():` linear layers that need no gradient compute so."""
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(s q k^T) v, as `torch.nn.functional.scaled_dot_product_attention`, which does what is not here:
+    masks, dropout, a cache, gradients, other dtypes and devices."""
+    parts = (query, key, value)
+    plain = attn_mask is None and not dropout_p and (scale is None or scale > 0)
+    if (
+        plain
+        and _same_text(*parts, enable_gqa)
+        and all(_taken(part, part) for part in parts)
+        and native.here()
+    ):
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        q, k, v = (part if part.stride(-1) == 1 else part.contiguous() for part in parts)
+        return native.attention(q, k, v, scale, causal=is_causal)
+    return functional.scaled_dot_product_attention(
+        *parts, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def _same_text(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> bool:
+    """Whether queries and keys, (batch, heads, seq, dim), are of the same tokens, in a shape we take."""
+    if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
+        return False
+    batch, heads, seq, dim = query.shape
+    kv_heads = key.shape[1] if grouped else heads
+    return key.shape == (batch, kv_heads, seq, dim) and heads % kv_heads == 0 and dim % 16 == 0
+
+
+_STANDING_IN: dict[Any, Any] = {
+    functional.linear: linear,
+    functional.scaled_dot_product_attention: attention,
+}
+
+
+class Float32(TorchFunctionMode):
+    """Inside `with Float32():` linear layers and attention that need no gradient compute so."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = linear if function is functional.linear else function
-        return made(*args, **(kwargs or {}))
+        return _STANDING_IN.get(function, function)(*args, **(kwargs or {}))

@@ -1,4 +1,5 @@
-"""The kernels of `kernels.cpp`: compiled by the machine's own compiler when first needed, then loaded.
+"""The kernels of `kernels.cpp` and `attention.cpp`: compiled by the machine's own compiler when first needed,
+then loaded.
 
 The library lies in Luthier's cache under a name that holds its source and flags; it appears there whole or
 not at all. It is linked without an OpenMP runtime: the one that torch has loaded serves it too, so there is
@@ -23,7 +24,7 @@ from luthier.models.gguf import cache_folder
 
 log = logging.getLogger("luthier.acceleration")
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "attention.cpp")]
 INSTRUCTIONS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mavx512vnni")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", *INSTRUCTIONS)
 SECONDS = 120  # that compiling may take; it takes one or two
@@ -33,6 +34,7 @@ ARGUMENTS = {
     "luthier_weight_only": [_int, *[_pointer] * 5, _int, *[_long] * 4, _int],
     "luthier_whole_numbers": [*[_pointer] * 5, _int, _float, _int, *[_long] * 4, _int],
     "luthier_one_row": [*[_pointer] * 3, *[_long] * 2, _int],
+    "luthier_attention": [*[_pointer] * 5, _float, _int, *[_long] * 5, _int],
 }
 
 
@@ -62,6 +64,28 @@ def one_row(weight: Tensor, x: Tensor) -> Tensor:
     return y
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> Tensor:
+    """softmax(s q k^T) v in float32, (batch, heads, seq, dim).
+
+    Args:
+        query: (batch, heads, seq, dim), dim a multiple of 16; key, value: (batch, kv heads, seq, dim), kv
+            heads a divisor of heads. Numbers of a row lie side by side.
+        causal: a query sees the keys up to its own place.
+    """
+    batch, heads, seq, dim = query.shape
+    y = query.new_empty(batch, seq, heads, dim)
+    strides = [part.stride(axis) for part in (query, key, value) for axis in range(3)]
+    library().luthier_attention(
+        *(part.data_ptr() for part in (query, key, value, y)),
+        (_long * 9)(*strides),
+        scale,
+        causal,
+        *(batch, heads, key.shape[1], seq, dim),
+        torch.get_num_threads(),
+    )
+    return y.transpose(1, 2)
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     if not (torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported()):
@@ -85,15 +109,19 @@ def _library() -> ctypes.CDLL | str:
 
 def _compiled(compiler: str) -> Path:
     """The file of the library, made if it is not there."""
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS)).encode()).hexdigest()[:16]
+    source = b"".join(file.read_bytes() for file in SOURCES)
+    key = hashlib.sha256(source + repr((compiler, FLAGS)).encode()).hexdigest()[:16]
     target = cache_folder() / "kernels" / f"{key}.so"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     log.info("Compiling kernels for this CPU into %s.", target)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        unlinked, linked = f"{folder}/kernels.o", f"{folder}/kernels.so"
-        for step in ([*FLAGS, "-c", str(SOURCE), "-o", unlinked], ["-shared", unlinked, "-o", linked]):
+        unlinked, linked = [f"{folder}/{file.stem}.o" for file in SOURCES], f"{folder}/kernels.so"
+        compiling = [
+            [*FLAGS, "-c", str(file), "-o", made] for file, made in zip(SOURCES, unlinked, strict=True)
+        ]
+        for step in [*compiling, ["-shared", *unlinked, "-o", linked]]:
             subprocess.run([compiler, *step], check=True, capture_output=True, text=True, timeout=SECONDS)
         os.replace(linked, target)
     return target

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
-from luthier.acceleration.float32 import LinearLayers
+from luthier.acceleration.float32 import Float32
 from luthier.acceleration.replaced import stood_in
 from luthier.compression.statistics import Statistic
 from luthier.errors import MethodError
@@ -157,7 +157,7 @@ class Block:
         hidden, call = self.hidden[index], self.calls[index]
         given = (hidden, call.arguments, call.options)
         hidden, arguments, options = given if rows is None else first_rows(given, len(hidden), rows)
-        with LinearLayers():
+        with Float32():
             made = (module or self.module)(hidden, *arguments, **options)
         return made[0] if isinstance(made, tuple) else made
 

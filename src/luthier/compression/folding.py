@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from luthier.acceleration.float32 import LinearLayers
+from luthier.acceleration.float32 import Float32
 from luthier.compression.block import Block, first_rows, real_tokens
 from luthier.compression.linear import QuantizedLinear, dimensions, set_values
 
@@ -295,7 +295,7 @@ class _Probe:
 
     @torch.no_grad()
     def run(self, root: nn.Module) -> Tensor:
-        with LinearLayers():
+        with Float32():
             made = root(self.hidden, *self.arguments, **self.options)
         return real_tokens(made[0] if isinstance(made, tuple) else made, self.mask)
 

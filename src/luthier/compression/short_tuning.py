@@ -98,6 +98,8 @@ def tune(
             trainer.train()
         finally:
             config.use_cache = caches  # the Trainer turns it off
+            # Else its forward would go on computing under autocast.
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             model.zero_grad(set_to_none=True)
             model.eval()
 

@@ -184,6 +184,23 @@ def test_weights_and_scores_have_rates_of_their_own(tiny_llama):
     assert any(s.abs().sum() > 0 for s in held.scores)
 
 
+def test_after_the_tuning_the_model_computes_in_its_own_precision_again(tiny_llama):
+    with torch.no_grad():
+        before = tiny_llama(IDS).logits
+    short_tuning.tune(
+        tiny_llama,
+        pruned_models.batches(count=1),
+        steps=1,
+        batch_size=8,
+        learning_rate=0.0,
+        seed=0,
+        callbacks=[],
+        bf16=True,
+    )
+    with torch.no_grad():
+        assert torch.equal(tiny_llama(IDS).logits, before)
+
+
 def test_blocks_get_different_widths_and_the_sum_is_exact():
     model = pruned_models.trained()
     records = config(steps=40, learning_rate=5e-4).compress(model, pruned_models.batches(count=6))

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier.acceleration.float32 import LinearLayers, linear
+from luthier.acceleration.float32 import Float32, linear
 from luthier.compression.block import Block, first_rows, real_tokens
 from luthier.compression.folding import Row
 from luthier.compression.grid import Scheme, fit
@@ -234,7 +234,7 @@ class Replay:
         """Outputs (tokens, features) without padding, float32."""
         found = []
         for arguments, options, mask in self._calls:
-            with LinearLayers():
+            with Float32():
                 made = self._module(*arguments, **options)
             found.append(real_tokens(made[0] if isinstance(made, tuple) else made, mask).float())
         return found

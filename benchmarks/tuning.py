@@ -111,6 +111,7 @@ TASKS = {
         | {
             "top_layers": (1e-4, {"k": 15}),
             "frozen_bottom": (1e-4, {}),
+            "gradual_unfreezing": (1e-4, {"unit": "step", "unfreeze_every": 5, "groups_per_stage": 4}),
             "prompt": (5e-3, {}),
         },
     ),

@@ -38,10 +38,15 @@ def _taken(x: Tensor, weight: Tensor) -> bool:
     return (
         _product is not None
         and x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
         and x.numel() > 0
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and _here(x, weight)
     )
+
+
+def _here(*tensors: Tensor) -> bool:
+    """Whether they lie in the computer's own memory and need no gradient."""
+    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return not learns and all(tensor.device.type == "cpu" for tensor in tensors)
 
 
 def attention(
@@ -55,26 +60,23 @@ def attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """softmax(s q k^T) v, as `torch.nn.functional.scaled_dot_product_attention`, which does what is not here:
-    masks, dropout, a cache, gradients, other dtypes and devices."""
+    masks, dropout, a cache, gradients, float64, other devices. Half precision is computed in float32."""
     parts = (query, key, value)
     plain = attn_mask is None and not dropout_p and (scale is None or scale > 0)
-    if (
-        plain
-        and _same_text(*parts, enable_gqa)
-        and all(_taken(part, part) for part in parts)
-        and native.here()
-    ):
+    if plain and _same_text(*parts, enable_gqa) and _here(*parts) and native.here():
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        q, k, v = (part if part.stride(-1) == 1 else part.contiguous() for part in parts)
-        return native.attention(q, k, v, scale, causal=is_causal)
+        q, k, v = (part.float() if part.stride(-1) == 1 else part.float().contiguous() for part in parts)
+        return native.attention(q, k, v, scale, causal=is_causal).to(query.dtype)
     return functional.scaled_dot_product_attention(
         *parts, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
 
 
 def _same_text(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> bool:
-    """Whether queries and keys, (batch, heads, seq, dim), are of the same tokens, in a shape we take."""
-    if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
+    """Whether queries and keys, (batch, heads, seq, dim), are of one text, as the kernel takes them."""
+    if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape or not query.numel():
+        return False
+    if not query.dtype == key.dtype == value.dtype or query.dtype == torch.float64:
         return False
     batch, heads, seq, dim = query.shape
     kv_heads = key.shape[1] if grouped else heads

@@ -44,6 +44,12 @@ def planned(folder):
     return lambda *overrides: plan(load_recipe(folder / "recipe.yaml", overrides))
 
 
+def test_a_long_text_is_many_blocks_where_documents_are_cut(planned, folder):
+    (folder / "book.txt").write_text("A long book of many words, all in one document. " * 200)
+    data = ["stages.1.tune.data=book.txt", "stages.1.tune.objective={name: pretrain, max_length: 32}"]
+    assert planned(*data).stages[1].detail == "10 steps of 8 x 32 tokens"
+
+
 def test_every_stage_is_planned(planned):
     found = planned()
     evaluate, tune, export = found.stages

@@ -69,7 +69,10 @@ class Batch:
     def of(cls, stage: TuneStage, data: Amount) -> "Batch":
         options = {o.name: o.default for o in stage.objective.method.options()} | stage.objective.options
         limit = options.get("max_length") or max(data.lengths)
-        lengths = [min(n, limit) for n in data.lengths]
+        if getattr(stage.objective.method.load().Config, "cuts_documents", False):
+            lengths = [min(n - start, limit) for n in data.lengths for start in range(0, n, limit)]
+        else:
+            lengths = [min(n, limit) for n in data.lengths]
         rows = int(argument(stage, "per_device_train_batch_size"))
         examples, fill = len(lengths), 1.0
         if options.get("packing") == "rows":

@@ -14,7 +14,7 @@ document. The common practice of cutting one long stream of tokens into rows let
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -36,6 +36,8 @@ class Config:
         "blocks that share a row: rows as many as fit into max_length, true those of a batch, false none",
         choices=(True, False, "rows"),
     )
+
+    cuts_documents: ClassVar[bool] = True  # into blocks; other objectives leave the rest of a long one out
 
 
 def trainer(

@@ -225,8 +225,9 @@ def _seconds(stage: dict[str, Any]) -> float:
 
 def _size(stages: list[dict[str, Any]]) -> int:
     """A model's, and that of an adapter that stands on it."""
-    whole = [stage for stage in stages if not stage.get("adapter")]
-    return int(whole[-1]["artefact_bytes"]) + sum(s["artefact_bytes"] for s in stages if s not in whole)
+    adapters = [s for s in stages if any(name.startswith("adapter/") for name in s["artefacts"])]
+    whole = [stage for stage in stages if stage not in adapters]
+    return int(whole[-1]["artefact_bytes"]) + sum(s["artefact_bytes"] for s in adapters)
 
 
 def measure(table: str, row: Row, output: Path, made: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import textwrap
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,9 @@ RESULTS = Path(__file__).parent / "results" / "tuning.jsonl"
 DATA = "../shared/data"
 SST2 = {"text": "0", "label": "1"}
 MATH = "data/math/train.jsonl"  # written by `write_math`
+MATH_PROMPT = (
+    "Solve the problem step by step. Write a short equation, compute it, and end with the answer as a number."
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,8 @@ TASKS = {
             "top_layers": (1e-4, {"k": 15}),
             "frozen_bottom": (1e-4, {}),
             "gradual_unfreezing": (1e-4, {"unit": "step", "unfreeze_every": 5, "groups_per_stage": 4}),
-            "prompt": (5e-3, {}),
+            "prompt": (1e-2, {"init": "text", "init_text": MATH_PROMPT}),
+            "p_tuning_v2": (1e-1, {}),
         },
     ),
     "sst2": Task(
@@ -141,7 +146,7 @@ TASKS = {
             "p_tuning": (1e-2, {"num_virtual_tokens": 5}),
             "p_tuning_v2": (3e-2, {}),
             "prefix": (3e-3, {"encoder_hidden_size": 64}),
-            "aprompt": (5e-2, {}),
+            "aprompt": (5e-2, {"init": "random"}),
             "lora": (1e-3, {}),
             "dora": (1e-3, {}),
             "krona": (1e-2, {}),
@@ -280,8 +285,8 @@ def row(task: Task, title: str, runs: list[dict[str, Any]]) -> str:
 
 
 def title(name: str, rate: float, options: dict[str, Any]) -> str:
-    told = ", ".join([f"{rate:g}", *(f"{key} {value}" for key, value in options.items())])
-    return f"{name} ({told})"
+    told = [f"{key} {textwrap.shorten(str(value), 20, placeholder=' ...')}" for key, value in options.items()]
+    return f"{name} ({', '.join([f'{rate:g}', *told])})"
 
 
 def main() -> None:

@@ -117,6 +117,7 @@ TASKS = {
             "frozen_bottom": (1e-4, {}),
             "gradual_unfreezing": (1e-4, {"unit": "step", "unfreeze_every": 5, "groups_per_stage": 4}),
             "prompt": (1e-2, {"init": "text", "init_text": MATH_PROMPT}),
+            "p_tuning": (5e-3, {"num_virtual_tokens": 10, "encoder": "mlp"}),
             "p_tuning_v2": (1e-1, {}),
         },
     ),

@@ -3,10 +3,14 @@
 import statistics
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+from jinja2 import TemplateError
 
 from luthier.data.load import Loaded
 from luthier.errors import ModelError
+from luthier.models import gguf, sources, tokens
 from luthier.models.sources import Source
 from luthier.recipe.cheaper import argument
 from luthier.recipe.leakage import prompts
@@ -14,7 +18,7 @@ from luthier.recipe.schema import TuneStage
 
 SAMPLE = 64  # rows that are tokenised
 CHARACTERS = 4.0  # of a token, where there is no tokenizer yet
-MESSAGE = 5  # tokens that a chat template puts around a message
+MESSAGE = 5  # tokens that a chat template puts around a message, where it is not known yet
 PACKED = 0.95  # share of a packed block that is filled
 
 
@@ -98,9 +102,11 @@ def amount(loaded: Loaded, source: Source) -> Amount:
     """Estimate the tokens of a data set."""
     texts = [_texts(row) for row in loaded.records]
     ratio = _characters(tuple("\n".join(parts) for parts, _, _ in texts[:SAMPLE]), _tokenizer(source))
+    around, each = _template(source)
     lengths, answers = [], []
     for parts, answer, messages in texts:
-        lengths.append(int(sum(map(len, parts)) / ratio) + MESSAGE * messages)
+        template = around + each * messages if messages else 0
+        lengths.append(int(sum(map(len, parts)) / ratio) + template)
         answers.append(int(answer / ratio) + 1)
     return Amount(lengths, [min(a, n) for a, n in zip(answers, lengths, strict=True)], prompts(loaded))
 
@@ -134,20 +140,40 @@ def _characters(texts: tuple[str, ...], tokenizer: Any) -> float:
 
 
 @cache
+def _template(source: Source) -> tuple[int, int]:
+    """Tokens that the chat template puts around a conversation (a system prompt, say), and each message."""
+    file = _tokenizer_file(source)
+    if file is None:
+        return 0, MESSAGE
+    tokenizer = tokens.load(str(file.parent), str(file.parent), False, None)
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
+    try:
+        texts = [str(tokenizer.apply_chat_template(turns[:n], tokenize=False)) for n in (2, 4)]
+    except (ValueError, TemplateError):  # there is no template, or it wants conversations of another kind
+        return 0, MESSAGE
+    one, two = (len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    each = (two - one) // 2 - 1  # without its content, a token
+    return max(0, one - 2 * (each + 1)), each
+
+
+@cache
 def _tokenizer(source: Source) -> Any:
     """The model's fast tokenizer where its file is here (a GGUF file has none before its conversion)."""
     from tokenizers import Tokenizer
 
-    from luthier.models import gguf, sources
-
-    while source.base is not None:
-        source = sources.locate(source.base)
-    folder = gguf.target(source) if source.gguf_file else source.path
-    file = folder / "tokenizer.json" if folder is not None else None
-    if file is None or not file.is_file():
+    file = _tokenizer_file(source)
+    if file is None:
         return None
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the only kind that tokenizers raises
         message = f"The tokenizer file {file} cannot be read: {error}."
         raise ModelError(message, fix="Copy or save it again.") from error
+
+
+def _tokenizer_file(source: Source) -> Path | None:
+    while source.base is not None:
+        source = sources.locate(source.base)
+    folder = gguf.target(source) if source.gguf_file else source.path
+    file = None if folder is None else Path(folder) / "tokenizer.json"
+    return file if file is not None and file.is_file() else None

@@ -55,6 +55,16 @@ def test_other_architectures_are_planned_alike(kind, task, methods):
         assert 0 < step.kept <= step.peak
 
 
+def test_codes_of_a_quantised_base_are_weights():
+    plain = tiny.llama()
+    model = attach(tiny.llama(), luthier.method("peqa")(group_size=16))
+    layers = [m.weight for m in plain.modules() if isinstance(m, torch.nn.Linear) and m is not plain.lm_head]
+    scales = sum(w.numel() // 16 * (w.element_size() + 1) for w in layers)  # with their zero points
+    codes = sum(w.numel() for w in layers)  # a byte each
+    rest = sum(p.nbytes for p in plain.parameters()) - sum(w.nbytes for w in layers)
+    assert footprint.sizes(model)[0] == rest + codes + scales
+
+
 def test_a_target_that_matches_nothing_is_refused_before_anything_is_loaded():
     skeleton = footprint.skeleton(config_of(tiny.llama()), "causal", FP32, None)
     with pytest.raises(MethodError, match=r"vproj.*v_proj"):

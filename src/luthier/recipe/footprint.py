@@ -33,6 +33,7 @@ from luthier import checks
 from luthier.acceleration import fused_lora, fused_mlp, fused_norm
 from luthier.acceleration.losses import BLOCK, CACHE_ROWS
 from luthier.compression.calibration import choose_layers
+from luthier.compression.linear import quantized_layers
 from luthier.models import structure
 from luthier.models.placement import Placement
 from luthier.tuning.attach import adapt
@@ -96,7 +97,8 @@ def attach(model: PreTrainedModel, method: Any) -> nn.Module:
 
 
 def sizes(model: nn.Module) -> tuple[int, int, int]:
-    """Bytes of the base's weights, of what the method adds, and of what learns."""
+    """Bytes of the base's weights (with the codes of quantised layers), of what the method adds, and of what
+    learns."""
     base = added = learns = 0
     adapter = structure.base(model) is not model
     for parameter in model.parameters():
@@ -106,6 +108,7 @@ def sizes(model: nn.Module) -> tuple[int, int, int]:
             added += size
         else:
             base += size
+    base += sum(b.nbytes for layer in quantized_layers(model).values() for b in layer.buffers())
     return base, added, learns
 
 

@@ -55,9 +55,14 @@ from luthier.models import structure
 from luthier.options import option
 from luthier.tuning.attention_prompt_tuner import AttentionPromptConfig, AttentionPromptTuner
 from luthier.tuning.attention_prompts import AttentionPrompt, Places, Site, find_sites, recording
-from luthier.tuning.input_prompts import InputPrompt, InputPromptConfig, InputPromptTuner
+from luthier.tuning.input_prompts import (
+    InputPrompt,
+    InputPromptConfig,
+    InputPromptTuner,
+    embedded,
+    frequent_ids,
+)
 from luthier.tuning.probe import evaluating
-from luthier.tuning.prompts.prompt import embedded, frequent_ids
 from luthier.tuning.registration import register
 from luthier.tuning.soft_prompts import get_own_names, text_of
 

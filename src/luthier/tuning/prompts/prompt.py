@@ -44,11 +44,9 @@ from transformers import PreTrainedModel
 
 from luthier.errors import MethodError
 from luthier.options import option
-from luthier.tuning.input_prompts import InputPromptConfig, InputPromptTuner
+from luthier.tuning.input_prompts import InputPromptConfig, InputPromptTuner, embedded, frequent_ids
 from luthier.tuning.registration import register
 from luthier.tuning.soft_prompts import text_ids
-
-FREQUENT = 5000
 
 
 @dataclass
@@ -84,25 +82,6 @@ class Config(InputPromptConfig):
             ids = torch.tensor(text_ids(model, label))
             rows[row] = embedded(model, ids).mean(0)
         return rows
-
-
-def frequent_ids(model: PreTrainedModel, count: int) -> Tensor:
-    """`count` different ids (as far as there are) of the first 5,000, none of them special."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    config = model.config
-    special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "decoder_start")}
-    ids = torch.tensor([i for i in range(min(FREQUENT, vocabulary)) if i not in special])
-    drawn = torch.randperm(len(ids)) if count <= len(ids) else torch.randint(len(ids), (count,))
-    return ids[drawn[:count]]
-
-
-@torch.no_grad()
-def embedded(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Rows (ids, width) as the embedding layer gives them, its scale included, in fp32."""
-    trunk = model.get_encoder() if model.config.is_encoder_decoder else model
-    layer = trunk.get_input_embeddings()
-    rows: Tensor = layer(ids.to(layer.weight.device))
-    return rows.float().cpu()
 
 
 class Tuner(InputPromptTuner):

@@ -47,7 +47,7 @@ class TestStart:
         return AutoModelForCausalLM.from_pretrained(tmp_path / "base")
 
     def test_vocabulary_draws_frequent_tokens_without_replacement(self, monkeypatch):
-        monkeypatch.setattr("luthier.tuning.prompts.prompt.FREQUENT", 12)
+        monkeypatch.setattr("luthier.tuning.input_prompts.FREQUENT", 12)
         base = tiny.llama()
         weight = base.get_input_embeddings().weight.detach()
         rows = table(adapted(base, num_virtual_tokens=10))

@@ -137,6 +137,15 @@ class TestReplacedWeights:
         assert before - resident_memory() > 35 * MB
         assert float(old.sum()) == 1e7
 
+    def test_of_no_file_are_never_paged_out(self, monkeypatch):
+        """The heap may have given them to somebody else, who would find them on the swap device."""
+        asked = []
+        monkeypatch.setattr(resources, "_page_out", lambda *span: asked.append(span))
+        layer = torch.nn.Linear(1000, 1000)
+        with replaces_weights(layer):
+            layer.weight.data = torch.zeros(1, 1)
+        assert not asked
+
     def test_that_are_none_stay(self, layer):
         before = resident_memory()
         with replaces_weights(layer):

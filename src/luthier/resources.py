@@ -60,12 +60,23 @@ def replaces_weights(module: "nn.Module") -> Iterator[None]:
 
     Weights that were loaded lie in a mapped file, whose pages stay in memory as long as any other weight of
     it is used. The system is told to drop them; should anybody still read them, they come from the file.
+    Memory of other kinds is left alone: the heap may have given it to somebody else by now.
     """
     before = _spans(module)
     yield
+    mapped = _mapped_files()
     for start, size in before - _spans(module):
-        _page_out(start, size)
+        if any(first <= start and start + size <= last for first, last in mapped):
+            _page_out(start, size)
     trim_heap()
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Address ranges of this process that are parts of files; see proc(5)."""
+    maps = Path("/proc/self/maps")
+    lines = [line.split(maxsplit=5) for line in maps.read_text().splitlines()] if maps.exists() else []
+    ranges = [fields[0].split("-") for fields in lines if fields[4] != "0"]  # the inode
+    return [(int(first, 16), int(last, 16)) for first, last in ranges]
 
 
 def _spans(module: "nn.Module") -> set[tuple[int, int]]:

@@ -4,8 +4,7 @@ torch hands products of matrices to MKL, which does not use all of what the CPUs
 Zen 5 it makes 100 billion operations a second and core, oneDNN 230, both exact to float32. The operator that
 is called here is the one to which torch's own compiler lowers linear layers.
 
-Attention is that of `attention.cpp` where the machine has it: of 2 x 9 heads of 512 tokens in 3.6 ms on one
-core, torch takes 13.8.
+Attention is that of `attention.cpp` where the machine has it (`benchmarks/attention_float32.py`).
 """
 
 from typing import Any

@@ -406,8 +406,8 @@ class _Probe:
 
 def _copied(module: nn.Module) -> nn.Module:
     """A copy whose parameters share their values with the module's, until either gets others."""
-    shared = {id(p): nn.Parameter(p.data, requires_grad=False) for p in module.parameters()}
-    return copy.deepcopy(module, dict(shared))
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in module.parameters()}
+    return copy.deepcopy(module, shared)
 
 
 def _key(tensor: Tensor) -> _Key:

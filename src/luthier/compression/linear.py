@@ -94,7 +94,7 @@ def set_matrix(layer: nn.Module, weight: Tensor) -> None:
 
 
 def set_values(parameter: Any, values: Tensor) -> None:
-    """Let a parameter hold other values, in its own dtype.
+    """Let a parameter hold other values, in its own dtype; nobody may change them afterwards.
 
     They are not written into its memory: that may be pages of a mapped checkpoint, which would become a copy
     that stays as long as the file is mapped; and a copy of the module may read it.

@@ -16,6 +16,7 @@ from luthier import resources
 from luthier.errors import ResourceError
 from luthier.resources import (
     PeakMemory,
+    not_needed_now,
     replaces_weights,
     require_space,
     require_writable,
@@ -137,11 +138,19 @@ class TestReplacedWeights:
         assert before - resident_memory() > 35 * MB
         assert float(old.sum()) == 1e7
 
+    def test_that_are_not_needed_leave_memory_for_a_while(self, layer):
+        before = resident_memory()
+        not_needed_now(layer.parameters())
+        assert before - resident_memory() > 35 * MB
+        assert float(layer.weight.data.sum()) == 1e7
+        assert before - resident_memory() < 5 * MB
+
     def test_of_no_file_are_never_paged_out(self, monkeypatch):
         """The heap may have given them to somebody else, who would find them on the swap device."""
         asked = []
         monkeypatch.setattr(resources, "_page_out", lambda *span: asked.append(span))
         layer = torch.nn.Linear(1000, 1000)
+        not_needed_now(layer.parameters())
         with replaces_weights(layer):
             layer.weight.data = torch.zeros(1, 1)
         assert not asked

@@ -13,7 +13,7 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,19 +56,28 @@ def trim_heap() -> None:
 
 @contextmanager
 def replaces_weights(module: "nn.Module") -> Iterator[None]:
-    """Around what puts others in the place of a module's weights: give the memory of the old ones back.
-
-    Weights that were loaded lie in a mapped file, whose pages stay in memory as long as any other weight of
-    it is used. The system is told to drop them; should anybody still read them, they come from the file.
-    Memory of other kinds is left alone: the heap may have given it to somebody else by now.
-    """
-    before = _spans(module)
+    """Around what puts others in the place of a module's weights: give the memory of the old ones back."""
+    before = _spans(module.parameters())
     yield
+    _drop(before - _spans(module.parameters()))
+    trim_heap()
+
+
+def not_needed_now(parameters: "Iterable[nn.Parameter]") -> None:
+    """Give back the memory of weights that nobody will read for a while; they stay what they are."""
+    _drop(_spans(parameters))
+
+
+def _drop(spans: set[tuple[int, int]]) -> None:
+    """Tell the system to drop ranges of memory that are parts of mapped files, as loaded weights are.
+
+    Such pages else stay in memory as long as any weight of the file is used; whoever reads them again gets
+    them from the file. Memory of other kinds is left alone: the heap may have given it to somebody else.
+    """
     mapped = _mapped_files()
-    for start, size in before - _spans(module):
+    for start, size in spans:
         if any(first <= start and start + size <= last for first, last in mapped):
             _page_out(start, size)
-    trim_heap()
 
 
 def _mapped_files() -> list[tuple[int, int]]:
@@ -79,9 +88,9 @@ def _mapped_files() -> list[tuple[int, int]]:
     return [(int(first, 16), int(last, 16)) for first, last in ranges]
 
 
-def _spans(module: "nn.Module") -> set[tuple[int, int]]:
+def _spans(parameters: "Iterable[nn.Parameter]") -> set[tuple[int, int]]:
     """Address and bytes of every parameter in the computer's own memory."""
-    return {(p.data_ptr(), p.nbytes) for p in module.parameters() if p.device.type == "cpu"}
+    return {(p.data_ptr(), p.nbytes) for p in parameters if p.device.type == "cpu"}
 
 
 def _page_out(start: int, size: int) -> None:

@@ -225,3 +225,70 @@ def test_a_settled_part_that_works_twice_or_gives_more_than_the_hidden_state_is_
     exact = root.block(hidden)
     assert all(torch.allclose(block.run(0), exact, atol=1e-6) for _ in range(2))
     assert [len(found) for found in runs] == [6, 3]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_of_a_part_that_ends_with_a_layer_the_inputs_that_were_observed_do(family):
+    model, batches = small.MODELS[family](), small.batches()
+    block = first_block(model, batches)
+    groups = block.groups()
+    name = next(n for n in ("self_attn", "attn") if hasattr(block.module, n))
+    inside = [names for names in groups if names[0].startswith(f"{block.name}.{name}.")]
+    for names in inside:
+        block.observe({names[0]: Hessian(dimensions(block.layers()[names[0]])[1])})
+        with torch.no_grad():
+            block.layers()[names[-1]].weight.mul_(1.1)  # a layer changes after its inputs were seen
+        if names is not inside[-1]:
+            block.settle(names)
+    exact = [block.run(index) for index in range(len(batches))]
+    block.settle(inside[-1])
+    runs = runs_of(getattr(block.module, name))
+    for _ in range(2):
+        assert all(torch.equal(block.run(index), exact[index]) for index in range(len(batches)))
+    assert not runs
+    for names in groups[len(inside) :]:
+        block.observe({names[0]: Hessian(dimensions(block.layers()[names[0]])[1])})
+        block.settle(names)
+    block.leave()
+    assert all(torch.equal(found, wanted) for found, wanted in zip(block.hidden, exact, strict=True))
+    assert not runs
+
+
+class Ending(nn.Module):
+    """Gives what its last layer gives, or something else, as `how` says."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.last, self.how = nn.Linear(8, 8), nn.Linear(8, 8), how
+
+    def forward(self, x):
+        y = self.last(self.first(x).relu())
+        if self.how == "twice":
+            return self.last(y)
+        return {"plain": y, "more": (y, x), "none": (y, None), "scaled": 2 * y}[self.how]
+
+
+@pytest.mark.parametrize("how", ["plain", "none", "more", "scaled", "twice"])
+def test_where_a_part_gives_something_else_it_is_run(how):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = Ending(how)
+
+        def forward(self, hidden):
+            made = self.part(hidden)
+            return hidden + (made if isinstance(made, torch.Tensor) else made[0])
+
+    root = nn.Module()
+    root.block = Outer()
+    hidden = torch.randn(2, 5, 8)
+    block = Block(root, "block", 0, [hidden], [Call((), {})], [torch.ones(2, 5, dtype=torch.bool)])
+    block.choose(set(block.all_layers()))
+    for names in block.groups():
+        block.observe({names[0]: Hessian(8)})
+        block.settle(names)
+    runs = runs_of(root.block.part)
+    exact = root.block(hidden)
+    assert len(runs) == 1
+    assert torch.allclose(block.run(0), exact, atol=1e-6)
+    assert len(runs) == (1 if how in ("plain", "none") else 2)

@@ -4,6 +4,7 @@ import pytest
 import small_compression as small
 import torch
 
+from luthier.acceleration import native
 from luthier.compression.statistics import Hessian, Moments, Samples
 
 X = small.correlated(200, 16)[0]
@@ -98,3 +99,26 @@ class TestCap:
         usual.add(inputs[1:])
         assert (plain.value - usual.value).norm() > 100 * usual.value.norm()
         assert (self.capped(inputs, 500) - usual.value).norm() < 0.1 * usual.value.norm()
+
+
+@pytest.mark.skipif(not native.here(), reason=f"no kernels: {native._library()}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("features", [1, 7, 64, 65, 200])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_our_kernel_gives_the_sums_of_torch(monkeypatch, dtype, features, threads):
+    """More tokens than a chunk of the kernel has, widths that leave tiles half empty, two threads."""
+    x = torch.randn(700, features, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[3] *= 100
+    torch.set_num_threads(threads)
+    found = {cap: Hessian(features, cap=cap) for cap in (None, 4.0)}
+    for hessian in found.values():
+        for part in x.split(300):
+            hessian.add(part)
+    values = {cap: hessian.value for cap, hessian in found.items()}
+    torch.set_num_threads(1)
+    monkeypatch.setattr(native, "here", lambda: False)
+    for cap, value in values.items():
+        plain = Hessian(features, cap=cap)
+        plain.add(x)
+        assert torch.allclose(value, plain.value, rtol=1e-5, atol=1e-5 * float(plain.value.diagonal().max()))
+        assert torch.equal(value, value.T)

@@ -6,7 +6,10 @@ import pytest
 import small_compression as small
 import torch
 
-from luthier.compression.sweep import inverse_factor, sweep
+from luthier.acceleration import native
+from luthier.compression import masks
+from luthier.compression.grid import Scheme, fit
+from luthier.compression.sweep import Rounding, inverse_factor, sweep
 from luthier.errors import MethodError
 
 N, K = 12, 32
@@ -163,3 +166,36 @@ def test_pruned_columns_before_kept_ones_are_made_up_for_by_least_squares():
     best = torch.linalg.solve(matrix[kept][:, kept], matrix[kept] @ W.T).T
     assert torch.allclose(found[:, kept], best, atol=1e-10)
     assert not found[:, : K // 2].any()
+
+
+SCHEMES = [Scheme(4, 16), Scheme(3, None, symmetric=False), Scheme(2, 8, symmetric=False), Scheme(4, 0), None]
+
+
+@pytest.mark.skipif(not native.here(), reason=f"no kernels: {native._library()}")
+@pytest.mark.parametrize("rows", [1, 16, 37])
+@pytest.mark.parametrize("pattern", ["dense", "half", "2:4"])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_our_kernel_gives_what_single_columns_give(monkeypatch, rows, pattern, scheme, threads):
+    """Codes alike, and weights that are on no grid to the last bits: the kernel rounds a sum once less."""
+    weight, columns = small.weight_of(rows, 96), 96
+    hessian = small.hessian_of(small.correlated(400, columns)).float()
+    order = hessian.diagonal().argsort(descending=True)
+    options = {"order": order, "block": 40}
+    if scheme is not None:
+        options["settle"] = Rounding(fit(weight, scheme))
+    if pattern == "half":
+        options["look"] = lambda now, diagonal, _: masks.lowest((now / diagonal) ** 2, 0.5)
+    elif pattern == "2:4":
+        options["look"] = lambda now, diagonal, _: masks.in_groups((now / diagonal) ** 2, 2, 4)
+        options["look_every"] = 4
+    torch.set_num_threads(threads)
+    found = sweep(weight, hessian, **options)
+    torch.set_num_threads(1)
+    monkeypatch.setattr(native, "here", lambda: False)
+    expected = sweep(weight, hessian, **options)
+    assert torch.equal(found.weight == 0, expected.weight == 0)
+    assert torch.allclose(found.weight, expected.weight, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(found.errors, expected.errors, rtol=1e-3, atol=1e-4)
+    if pattern != "dense":
+        assert (found.weight == 0).float().mean() >= 0.49

@@ -1,4 +1,4 @@
-"""The kernels of `kernels.cpp` and `attention.cpp`: compiled by the machine's own compiler when first needed,
+"""The kernels of the C++ files beside this one: compiled by the machine's own compiler when first needed,
 then loaded.
 
 The library lies in Luthier's cache under a name that holds its source and flags; it appears there whole or
@@ -24,7 +24,7 @@ from luthier.models.gguf import cache_folder
 
 log = logging.getLogger("luthier.acceleration")
 
-SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "attention.cpp")]
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 INSTRUCTIONS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mavx512vnni")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", *INSTRUCTIONS)
 SECONDS = 120  # that compiling may take; it takes one or two
@@ -35,6 +35,8 @@ ARGUMENTS = {
     "luthier_whole_numbers": [*[_pointer] * 5, _int, _float, _int, *[_long] * 4, _int],
     "luthier_one_row": [*[_pointer] * 3, *[_long] * 2, _int],
     "luthier_attention": [*[_pointer] * 5, _float, _int, *[_long] * 5, _int],
+    "luthier_gram": [_pointer, _int, *[_pointer] * 2, *[_long] * 2, _int],
+    "luthier_sweep": [*[_pointer] * 6, _float, _float, _pointer, *[_long] * 5, _int],
 }
 
 
@@ -84,6 +86,54 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal
         torch.get_num_threads(),
     )
     return y.transpose(1, 2)
+
+
+def gram(x: Tensor, sums: Tensor, scale: Tensor | None = None) -> None:
+    """Add x^T x to `sums`, of which what lies left of the diagonal is not to be used.
+
+    Args:
+        x: (tokens, features), float32 or bfloat16, contiguous.
+        sums: (features, features), float32, contiguous.
+        scale: (tokens,), float32: what each token is multiplied by first.
+    """
+    library().luthier_gram(
+        x.data_ptr(),
+        x.dtype == torch.bfloat16,
+        None if scale is None else scale.data_ptr(),
+        sums.data_ptr(),
+        *x.shape,
+        torch.get_num_threads(),
+    )
+
+
+def sweep(
+    w: Tensor,
+    errors: Tensor,
+    upper: Tensor,
+    columns: tuple[int, int, int],
+    *,
+    grid: tuple[Tensor, Tensor | None, Tensor, float, float] | None = None,
+    zeros: Tensor | None = None,
+) -> None:
+    """Settle some columns of w as `luthier.compression.sweep` says, in place; all float32 and contiguous.
+
+    Args:
+        w, errors: (rows, columns).
+        upper: (columns, columns).
+        columns: first that is settled, first that is not, first that is not brought up to date.
+        grid: scale and zero (groups, rows), the group of each column (int64), least and greatest code;
+            without it columns stay as they are, but for zeros.
+        zeros: what becomes zero, bool (rows, columns that are settled).
+    """
+    scale, zero, group, low, high = grid or (None, None, None, 0.0, 0.0)
+    library().luthier_sweep(
+        *(None if part is None else part.data_ptr() for part in (w, errors, upper, scale, zero, group)),
+        *(low, high),
+        None if zeros is None else zeros.data_ptr(),
+        *w.shape,
+        *columns,
+        torch.get_num_threads(),
+    )
 
 
 @functools.cache

@@ -60,19 +60,24 @@ class Block:
         self.propagates, self._left = propagates, False
         self._chosen: set[str] = set()
         self._settled: set[str] = set()
-        self._known: dict[tuple[str, int], Any] = {}  # by module and batch
+        self._known: dict[tuple[str, int], Any] = {}  # outputs, by module and batch
+        self._ends: dict[str, tuple[str, Any]] = {}  # by part, see `_seeing_ends`
+        self._into: dict[tuple[str, int], Tensor] = {}  # inputs of such a layer, by part and batch
 
     def choose(self, names: set[str]) -> None:
         """From now on `layers` are those of these full names, and none is settled."""
         self._chosen = names
         self._settled.clear()
         self._known.clear()
+        self._into.clear()
 
     def settle(self, names: Iterable[str]) -> None:
         """Say that these layers, and all that work before them, will change no more.
 
-        A part of the block with nothing but settled layers (attention, say) is then run once more on each
-        batch; its output, one more set of hidden states, stands in for it until the block is left.
+        A part of the block with nothing but settled layers (attention, say) need not be run again: its
+        output on each batch stands in for it until the block is left. It comes from the last of the layers
+        and the inputs of it that were observed, if the part gives what that layer gives (`groups` has seen
+        it); else the part is run once more.
         """
         self._settled |= set(names)
 
@@ -105,7 +110,7 @@ class Block:
     @torch.no_grad()
     def run(self, index: int, module: Any = None) -> Tensor:
         """Output (batch, seq, hidden) of the block on one batch of its inputs."""
-        with self._knowing(index) if module is None else nullcontext():
+        with Float32(), self._knowing(index) if module is None else nullcontext():
             return self.compute(index, module)
 
     @contextmanager
@@ -131,6 +136,10 @@ class Block:
         with ExitStack() as stack:
             for name, part in self._settled_parts():
                 key = (name, index)
+                if key in self._into:
+                    layer, rest = self._ends[name]
+                    made = self.all_layers()[layer](self._into.pop(key))
+                    self._known[key] = made if rest is None else (made, *rest)
                 if key in self._known:
                     stack.enter_context(stood_in(part, known(key)))
                 else:
@@ -146,6 +155,51 @@ class Block:
 
         parts = self.module.named_children()
         return [(n, m) for n, m in parts if holds(n, self._settled) and not holds(n, waiting)]
+
+    @contextmanager
+    def _seeing_ends(self) -> Iterator[None]:
+        """See in a run which parts end with a linear layer: what it gives is what the part gives.
+
+        Of such a part are kept the layer's name and what else the part gives: a tuple of None, or None where
+        it gives a tensor alone.
+        """
+        made: dict[int, tuple[str, Tensor]] = {}  # the tensors too, so that no id comes twice
+        ran: list[str] = []
+        prefix = f"{self.name}."
+
+        def of_layer(name: str) -> Any:
+            def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+                made[id(output)] = name, output
+                ran.append(name)
+
+            return hook
+
+        def of_part(name: str) -> Any:
+            def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+                first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+                layer = made.get(id(first), ("", None))[0]
+                inside = layer.startswith(f"{prefix}{name}.") and not any(x is not None for x in rest or ())
+                ran.append(name)
+                if inside and ran.count(name) == ran.count(layer) == 1:
+                    self._ends[name] = layer, rest
+                else:  # one of them works twice, or the part gives something else
+                    self._ends.pop(name, None)
+
+            return hook
+
+        with ExitStack() as stack:
+            for name, layer in self.all_layers().items():
+                stack.callback(layer.register_forward_hook(of_layer(name)).remove)
+            for name, part in self.module.named_children():
+                stack.callback(part.register_forward_hook(of_part(name)).remove)
+            yield
+
+    def _keep_end(self, name: str, index: int, x: Tensor) -> None:
+        """Keep a layer's inputs on a batch where they are all that its part's output will need."""
+        waiting = self._chosen - self._settled - {name}
+        for part, (layer, _) in self._ends.items():
+            if layer == name and not any(n.startswith(f"{self.name}.{part}.") for n in waiting):
+                self._into[part, index] = x
 
     def compute(self, index: int, module: Any = None, rows: int | None = None) -> Tensor:
         """The same, with gradients where they are switched on.
@@ -192,7 +246,7 @@ class Block:
         # One row shows the layers of most blocks; experts wait for a token that goes to them.
         for index, rows in [(0, 1), *((index, None) for index in range(len(self.hidden)))]:
             if waiting:
-                with torch.no_grad(), hooked(dict(waiting), seen):
+                with torch.no_grad(), hooked(dict(waiting), seen), self._seeing_ends():
                     self.compute(index, rows=rows)
         if waiting:
             raise MethodError(
@@ -231,6 +285,8 @@ class Block:
                         fix="Load the model in float32, or look at its weights and the data.",
                     )
                 statistics[name].add(tokens)
+                if not self._left:
+                    self._keep_end(name, index, x)
 
     def inputs(self, name: str, index: int) -> Tensor:
         """The inputs of one layer on one batch, (tokens, features) without padding."""

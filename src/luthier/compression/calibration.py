@@ -3,8 +3,8 @@
 For every block the method gathers what it wants of the stored inputs and changes the block; then the outputs
 of the changed block become the inputs of the next, so that what is lost in one block is seen by those above.
 In memory are one set of hidden states (tokens x hidden), whatever the depth, and what a method holds of it;
-one more where settled parts of a block are remembered (`Block.settle`). Of methods that want the inputs of
-the model as it came (`propagates`) the blocks pass those on.
+where parts of a block are settled, one more and the inputs of a part's last layer (`Block.settle`). Of
+methods that want the inputs of the model as it came (`propagates`) the blocks pass those on.
 
 A pass that is given a folder leaves there the state of each block as it was changed. After a kill the blocks
 that are done are read from there, and the pass goes on with the first that is not.
@@ -30,12 +30,13 @@ from luthier.compression.linear import QuantizedLinear, quantize_layer, quantize
 from luthier.compression.records import Record
 from luthier.errors import MethodError, ModelError
 from luthier.models import structure
-from luthier.resources import replaces_weights
+from luthier.resources import not_needed_now, replaces_weights
 from luthier.terminal import progress
 from luthier.tuning.probe import evaluating
 
 log = logging.getLogger("luthier.compression")
 
+PROBED = 16  # tokens that show how blocks are called
 Batch = dict[str, Tensor]
 Change = Callable[[Block], Iterable[Record]]
 
@@ -71,6 +72,8 @@ def calibrate(
     records: list[Record] = []
     with evaluating(model), progress("compress") as bar:
         hidden, calls, masks = catch(model, stack, batches)
+        inside = {p for block in stack for p in block.parameters()}
+        not_needed_now(p for p in model.parameters() if p not in inside)  # embeddings, head
         task = bar.add_task("", total=len(stack), note="")
         for index in range(len(stack)):
             block = Block(model, f"{name}.{index}", index, hidden, calls[index], masks, propagates=propagates)
@@ -110,14 +113,15 @@ def catch(
 ) -> tuple[list[Tensor], list[list[Call]], list[Tensor]]:
     """Hidden states before the first block, the calls of each block ([block][batch]), and the token masks.
 
-    One row runs through the whole model, to see whether all blocks are called alike. Where they are, the
-    batches stop at the first block. Raises ModelError where a block is handed something else than the output
-    of the one before.
+    The start of a row runs through the whole model, to see whether all blocks are called alike. Where they
+    are, the batches stop at the first block. Raises ModelError where a block is handed something else than
+    the output of the one before.
     """
     hidden: list[Tensor] = []
     calls: list[list[Call]] = [[] for _ in stack]
     masks: list[Tensor] = []
-    _, seen = _run(model, stack, {name: part[:1] for name, part in batches[0].items()}, only_first=False)
+    start = {name: part[:1, :PROBED] for name, part in batches[0].items()}
+    _, seen = _run(model, stack, start, only_first=False)
     alike = all(_same(seen[0], call) for call in seen)
     for batch in batches:
         first, seen = _run(model, stack, batch, only_first=alike)

@@ -37,8 +37,11 @@ class ClusterGrid(Grid):
         group = int(self.labels[index])
         return Grid(self.scheme, self.scale[:, group : group + 1], self.zero[:, group : group + 1])
 
-    def _spread(self, columns: int) -> tuple[Tensor, Tensor]:
+    def _steps(self) -> tuple[Tensor, Tensor]:
         return self.scale.float()[:, self.labels], self.zero.float()[:, self.labels]
+
+    def _grouped(self, matrix: Tensor) -> Tensor:
+        return matrix
 
 
 class ClusteredLinear(QuantizedLinear):

@@ -75,20 +75,15 @@ class Grid:
 
     def quantize(self, weight: Tensor) -> Tensor:
         """Codes (rows, columns), int8, of a matrix."""
-        scale, zero = self._spread(weight.shape[-1])
-        codes = torch.round(weight.float() / scale) + zero
-        return codes.clamp_(self.scheme.low, self.scheme.high).to(torch.int8)
+        return self._codes(weight).to(torch.int8).view(weight.shape)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """The numbers that codes stand for, float32 (rows, columns)."""
-        scale, zero = self._spread(codes.shape[-1])
-        return (codes.float() - zero) * scale
+        return self._numbers(self._grouped(codes).float()).view(codes.shape)
 
     def round(self, weight: Tensor) -> Tensor:
         """Each weight moved to its nearest point of the grid, float32."""
-        scale, zero = self._spread(weight.shape[-1])
-        codes = (torch.round(weight.float() / scale) + zero).clamp_(self.scheme.low, self.scheme.high)
-        return codes.sub_(zero).mul_(scale)
+        return self._numbers(self._codes(weight)).view(weight.shape)
 
     def column(self, index: int) -> "Grid":
         """The grid of one column of the matrix: scale and zero (rows, 1)."""
@@ -96,13 +91,23 @@ class Grid:
         part = replace(self.scheme, group_size=None)
         return Grid(part, self.scale[:, group : group + 1], self.zero[:, group : group + 1])
 
-    def _spread(self, columns: int) -> tuple[Tensor, Tensor]:
-        """Scale and zero as float32, one for each column where there are groups."""
-        scale, zero = self.scale.float(), self.zero.float()
-        if scale.shape[1] == 1:
-            return scale, zero
-        width = self.scheme.width(columns)
-        return scale.repeat_interleave(width, 1), zero.repeat_interleave(width, 1)
+    def _codes(self, weight: Tensor) -> Tensor:
+        scale, zero = self._steps()
+        codes = torch.div(self._grouped(weight).float(), scale).round_()
+        return (codes + zero).clamp_(self.scheme.low, self.scheme.high)
+
+    def _numbers(self, codes: Tensor) -> Tensor:
+        scale, zero = self._steps()
+        return (codes - zero) * scale
+
+    def _steps(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero as float32, as they stand for a grouped matrix."""
+        return self.scale.float()[..., None], self.zero.float()[..., None]
+
+    def _grouped(self, matrix: Tensor) -> Tensor:
+        """A matrix, or some of its columns, as (rows, groups, width): those side by side share a scale."""
+        groups = self.scale.shape[1]
+        return matrix.reshape(len(matrix), groups, matrix.shape[1] // groups)
 
 
 def require_divides(scheme: Scheme, columns: int, name: str) -> None:

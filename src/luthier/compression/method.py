@@ -7,7 +7,7 @@ a later one rounds, an earlier one only prepares.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -81,6 +81,7 @@ class LayerByLayer(OneShot):
             hessian = Hessian(dimensions(layers[names[0]])[1], block.device, self.token_cap)
             block.observe({names[0]: hessian})
             value = hessian.value
+            del hessian  # as large as the value
             for name in names:
                 start = time.perf_counter()
                 record = self.for_layer(name).change_layer(block, name, layers[name], value)
@@ -216,9 +217,15 @@ def prune_layer(name: str, layer: nn.Module, mask: Tensor, hessian: Tensor | Non
 
 def output_error(change: Tensor, weight: Tensor, hessian: Tensor | None) -> float:
     """Squared error of a layer's output on the calibration inputs, relative to the output's own square."""
+    return output_errors([change], weight, hessian)[0]
+
+
+def output_errors(changes: Sequence[Tensor], weight: Tensor, hessian: Tensor | None) -> list[float]:
+    """The same of several changes of one weight."""
     if hessian is None:
-        return weight_error(change, weight)
-    return float(_square(change, hessian) / _square(weight, hessian).clamp_min(torch.finfo().tiny))
+        return [weight_error(change, weight) for change in changes]
+    own = _square(weight, hessian).clamp_min(torch.finfo().tiny)
+    return [float(_square(change, hessian) / own) for change in changes]
 
 
 def weight_error(change: Tensor, weight: Tensor) -> float:

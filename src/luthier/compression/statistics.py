@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from luthier.acceleration import native
 from luthier.acceleration.float32 import linear
 
 FIRST = 2048  # tokens whose median says what is usual
@@ -50,9 +51,11 @@ class Hessian:
         if self._first:
             self._settle()
         found = self._sum * (2 / max(1, self.tokens))
-        for start in range(STRIP, len(found), STRIP):
+        for start in range(0, len(found), STRIP):
             strip = slice(start, start + STRIP)
             found[strip, :start] = found[:start, strip].T
+            square = found[strip, strip]
+            square.copy_(square.triu() + square.triu(1).T)
         return found
 
     def _settle(self) -> None:
@@ -64,10 +67,14 @@ class Hessian:
         self._count(first)
 
     def _count(self, x: Tensor) -> None:
-        x = x.float()
+        scale: Tensor | None = None
         if self._most < torch.inf:
-            square = x.square().sum(1, keepdim=True)
-            x = x * (self._most / square.clamp_min(1e-30)).clamp(max=1).sqrt()
+            square = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square()
+            scale = (self._most / square.clamp_min(1e-30)).clamp(max=1).sqrt()  # (tokens,)
+        if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and native.here():
+            native.gram(x.contiguous(), self._sum, scale)
+            return
+        x = x.float() if scale is None else x.float() * scale[:, None]
         columns = x.T.contiguous()  # (features, tokens)
         for start in range(0, len(columns), STRIP):
             strip = slice(start, start + STRIP)

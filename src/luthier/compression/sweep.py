@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from luthier.acceleration import native
 from luthier.compression.grid import Grid
 from luthier.errors import MethodError
 
@@ -64,7 +65,7 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None)
     Raises:
         MethodError: no damping helps: the inputs are not finite.
     """
-    if not torch.isfinite(hessian).all():
+    if not hessian.sum().isfinite():  # of any entry, without a copy
         raise MethodError(
             "The inputs of a layer are not finite on the calibration data.", fix="Use another dtype or data."
         )
@@ -77,10 +78,11 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None)
         diagonal = damped.diagonal()
         diagonal[diagonal == 0] = 1
         diagonal.add_(used * diagonal.mean())
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        _, failed = torch.linalg.cholesky_ex(damped, out=(damped, order.new_empty((), dtype=torch.int32)))
         if not failed:
-            upper = _inverse(factor.flip(0, 1))
-            if torch.isfinite(upper).all():
+            damped = damped.flip(0, 1)
+            upper = _inverse(damped)
+            if upper.sum().isfinite():
                 break
         used = max(10 * used, 1e-4)
         if used > MOST_DAMPING:
@@ -137,9 +139,8 @@ def sweep(
     """
     columns = weight.shape[1]
     order = torch.arange(columns, device=weight.device) if order is None else order
-    w = weight.clone()
-    w[:, hessian.diagonal() == 0] = 0
-    w = w[:, order].contiguous()
+    w = weight[:, order]
+    w[:, hessian.diagonal()[order] == 0] = 0
     upper, used = _factor_in_order(hessian, order, damping)
     errors = torch.zeros_like(w)
     block = -(-block // look_every) * look_every if look is not None else block
@@ -164,39 +165,81 @@ def _sweep_block(
     look_every: int,
 ) -> None:
     """Settle columns start to end, w and errors in place."""
+    every = look_every if look is not None else end - start
+    for first in range(start, end, every):
+        last = min(first + every, end)
+        zeros: Tensor | None = None
+        if look is not None:
+            zeros = look(w[:, first:last], upper.diagonal()[first:last], order[first:last])
+        settle_here = _natively if _has_kernel(w, settle) else _column_by_column
+        settle_here(w, errors, upper, (first, last, end), order, settle, zeros)
+
+
+def _has_kernel(w: Tensor, settle: Settle | None) -> bool:
+    known = settle is None or isinstance(settle, Rounding)
+    return known and w.dtype == torch.float32 and w.device.type == "cpu" and native.here()
+
+
+def _natively(
+    w: Tensor,
+    errors: Tensor,
+    upper: Tensor,
+    columns: tuple[int, int, int],
+    order: Tensor,
+    settle: Settle | None,
+    zeros: Tensor | None,
+) -> None:
+    grid = None
+    if isinstance(settle, Rounding):
+        group = order // settle.width if settle.width else torch.zeros_like(order)
+        # A matrix with one scale for all has it once: (1, 1).
+        scales, zeros_of = (
+            None if part is None else part.expand(-1, len(w)).contiguous()
+            for part in (settle.scales, settle.zeros)
+        )
+        grid = (scales, zeros_of, group, settle.low, settle.high)
+    zeros = None if zeros is None else zeros.contiguous()
+    native.sweep(w, errors, upper.contiguous(), columns, grid=grid, zeros=zeros)
+
+
+def _column_by_column(
+    w: Tensor,
+    errors: Tensor,
+    upper: Tensor,
+    columns: tuple[int, int, int],
+    order: Tensor,
+    settle: Settle | None,
+    zeros: Tensor | None,
+) -> None:
+    start, stop, end = columns
     # Columns as rows: contiguous memory for what is touched each time, (end - start, rows).
     part, factor = w[:, start:end].T.contiguous(), upper[start:end, start:end]
-    lost = torch.zeros_like(part)
-    diagonal = factor.diagonal()
-    mask: Tensor | None = None
-    indices, divisors = order[start:end].tolist(), diagonal.tolist()
-    for j, (index, column, loss) in enumerate(zip(indices, part.unbind(), lost.unbind(), strict=True)):
-        if look is not None and j % look_every == 0:
-            ahead = slice(j, min(j + look_every, end - start))
-            chosen = look(part[ahead].T, diagonal[ahead], order[start:end][ahead])
-            mask = None if chosen is None else chosen.T
-        new = column if mask is None else column.masked_fill(mask[j % look_every], 0)
+    lost = torch.empty_like(part[: stop - start])
+    mask = None if zeros is None else zeros.T
+    indices, divisors = order[start:stop].tolist(), factor.diagonal().tolist()
+    for j, (index, column, loss) in enumerate(zip(indices, part.unbind(), lost.unbind(), strict=False)):
+        new = column if mask is None else column.masked_fill(mask[j], 0)
         if settle is not None:
             new = settle(new, index)
         torch.sub(column, new, out=loss).div_(divisors[j])
         part[j + 1 :].addr_(factor[j, j + 1 :], loss, alpha=-1)
         column.copy_(new)
-    w[:, start:end], errors[:, start:end] = part.T, lost.T
+    w[:, start:end], errors[:, start:stop] = part.T, lost.T
 
 
-def rounding(grid: Grid) -> Settle:
+class Rounding:
     """Moves a column of the matrix to its grid."""
-    scales, zeros = grid.scale.float().T.contiguous(), grid.zero.float().T.contiguous()  # (groups, out)
-    low, high, width = grid.scheme.low, grid.scheme.high, grid.scheme.group_size
-    shifted = bool(zeros.any())
 
-    def settle(column: Tensor, index: int) -> Tensor:
-        group = index // width if width else 0
-        scale = scales[group]
-        codes = torch.div(column, scale).round_()
-        if shifted:
-            zero = zeros[group]
-            return codes.add_(zero).clamp_(low, high).sub_(zero).mul_(scale)
-        return codes.clamp_(low, high).mul_(scale)
+    def __init__(self, grid: Grid):
+        self.scales = grid.scale.float().T.contiguous()  # (groups, rows)
+        self.zeros = grid.zero.float().T.contiguous() if grid.zero.any() else None
+        self.low, self.high = grid.scheme.low, grid.scheme.high
+        self.width = grid.scheme.group_size
 
-    return settle
+    def __call__(self, column: Tensor, index: int) -> Tensor:
+        group = index // self.width if self.width else 0
+        codes = torch.div(column, self.scales[group]).round_()
+        if self.zeros is not None:
+            zero = self.zeros[group]
+            return codes.add_(zero).clamp_(self.low, self.high).sub_(zero).mul_(self.scales[group])
+        return codes.clamp_(self.low, self.high).mul_(self.scales[group])

@@ -13,6 +13,7 @@ would rewrite them at the first evaluation, for another product that rounds othe
 frozen weights stay what they are, bit by bit, and a model answers as it was trained.
 """
 
+import copy
 import importlib.util
 from typing import Any
 
@@ -118,15 +119,20 @@ def saved(model: nn.Module, quantization: str) -> int:
 
 
 @torch.no_grad()
-def dequantize(model: nn.Module) -> nn.Module:
-    """Give a model in 4 bits plain weights again, in place: those that its products used.
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Give a model in 4 bits plain weights again, in place.
 
     transformers' own `dequantize` makes `nn.Linear` of GPT-2's transposed layers, which then cannot be saved.
+
+    Args:
+        dtype: of the weights; default: that of its products. In float32 they are exact.
     """
     from bitsandbytes.functional import dequantize_4bit
 
     for name, layer in layers(model).items():
-        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)  # (out, in)
+        state = copy.copy(layer.weight.quant_state)
+        state.dtype = dtype or state.dtype
+        weight = dequantize_4bit(layer.weight.data, state)  # (out, in)
         with torch.device("meta"):
             if layer.source_cls is Conv1D:
                 plain: Any = Conv1D(layer.out_features, layer.in_features)

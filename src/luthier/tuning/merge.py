@@ -38,7 +38,6 @@ EXACT = 1e-3
 ROUNDED = 0.1
 # An error below this share of the logits is fp32 arithmetic, however small the adapter's effect.
 NOISE = 1e-5
-HALF_NOISE = 1e-2  # of bfloat16
 SPARSE = 0.25  # share of exact zeros from which a weight counts as pruned; rounding to 4 bits makes fewer
 
 
@@ -259,27 +258,49 @@ def _on_plain_base(model: PeftModel) -> PeftModel:
     """
     if quantized.of(model) is None:
         return model
-    expected, adapter = probe_logits(model), model.active_adapter
+    expected, adapter = _logits_in_float32(model), model.active_adapter
     config = copy.deepcopy(model.peft_config[adapter])
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    plain = quantized.dequantize(model.unload())
+    base = model.unload()
+    products = {name: layer.weight.quant_state.dtype for name, layer in quantized.layers(base).items()}
+    plain = quantized.dequantize(base, torch.float32)
+    weights = [(plain.get_submodule(name).weight, dtype) for name, dtype in products.items()]
     if hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = any(isinstance(m, Conv1D) for m in plain.modules())
     with no_peft_warnings():
         found = get_peft_model(plain, config, adapter_name=adapter)
     set_peft_model_state_dict(found, state, adapter_name=adapter)
-    error = distance(probe_logits(found), expected)
-    tolerance = NOISE if plain.dtype == torch.float32 else HALF_NOISE
+    error = distance(_logits_in_float32(found), expected)
     checks.record(
         "merge",
         "dequantised = in 4 bits",
-        error <= tolerance,
+        error <= NOISE,
         error,
-        tolerance,
+        NOISE,
         "logits on a probe, relative to those of the model that was trained",
         fix="Keep the adapter separate (export: {format: adapter}).",
     )
+    for weight, dtype in weights:
+        weight.data = weight.data.to(dtype)  # as the products used it
     return found
+
+
+def _logits_in_float32(model: PeftModel) -> torch.Tensor:
+    """The logits on the probe, nothing rounded but weights in 4 bits to these; the model stays as it was."""
+    own = {p: p.dtype for p in model.parameters() if p.is_floating_point()}
+    layers = quantized.layers(model).values()
+    computed = [(layer.compute_dtype, layer.compute_type_is_set) for layer in layers]
+    try:
+        for p in own:
+            p.data = p.data.float()
+        for layer in layers:
+            layer.compute_dtype, layer.compute_type_is_set = torch.float32, True
+        return probe_logits(model)
+    finally:
+        for p, dtype in own.items():
+            p.data = p.data.to(dtype)
+        for layer, (dtype, known) in zip(layers, computed, strict=True):
+            layer.compute_dtype, layer.compute_type_is_set = dtype, known
 
 
 def _split_shared(model: PeftModel) -> list[list[str]]:

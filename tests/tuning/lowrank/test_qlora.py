@@ -267,12 +267,25 @@ def test_merging_back_into_4_bits_loses_what_merging_here_keeps():
     assert (training.logits(merge(model)) - expected).norm() < 1e-3 * effect
 
 
-def test_a_base_whose_weights_do_not_come_back_is_not_merged(monkeypatch):
-    model = training.disturb(qlora(), 0.2)
+def test_in_half_precision_too_the_weights_are_held_to_be_those_in_4_bits():
+    """Rounding of sums to bfloat16, which grows with the depth, says nothing about the weights."""
+    model = training.disturb(qlora(dtype="bfloat16"), 0.2)
+    products = {n: m.weight.quant_state.dtype for n, m in quantized.layers(model.get_base_model()).items()}
+    with checks.collect() as lines:
+        merged = merge(model)
+    (line,) = (line for line in lines if line.name == "dequantised = in 4 bits")
+    assert line.passed
+    assert line.value < 1e-5
+    assert set(products.values()) == {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_base_whose_weights_do_not_come_back_is_not_merged(monkeypatch, dtype):
+    model = training.disturb(qlora(dtype=dtype), 0.2)
     real = quantized.dequantize
 
-    def wrong(model):
-        found = real(model)
+    def wrong(*arguments):
+        found = real(*arguments)
         found.model.layers[0].mlp.up_proj.weight.data *= 1.01
         return found
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from luthier.compression import masks
 from luthier.compression.block import Block
 from luthier.compression.linear import matrix, set_matrix
-from luthier.compression.method import LayerByLayer, Pruner, output_error
+from luthier.compression.method import LayerByLayer, Pruner, output_errors
 from luthier.compression.records import Record
 from luthier.compression.sweep import sweep
 from luthier.options import option
@@ -48,11 +48,6 @@ class Config(Pruner, LayerByLayer):
         swept = sweep(weight, hessian, look=choose, look_every=every, damping=self.damping)
         plain = weight.masked_fill(swept.weight == 0, 0)
         set_matrix(layer, swept.weight)
+        before, after = output_errors([plain - weight, swept.weight - weight], weight, hessian)
         note = "" if swept.damping == self.damping else f"damping raised to {swept.damping:g}"
-        return Record(
-            name,
-            output_error(plain - weight, weight, hessian),
-            output_error(swept.weight - weight, weight, hessian),
-            sparsity=masks.share_of_zeros(swept.weight),
-            note=note,
-        )
+        return Record(name, before, after, sparsity=masks.share_of_zeros(swept.weight), note=note)

@@ -33,9 +33,9 @@ from luthier.compression.block import Block
 from luthier.compression.grid import Grid
 from luthier.compression.linear import matrix
 from luthier.compression.masks import SPARSE, share_of_zeros
-from luthier.compression.method import LayerByLayer, Quantizer, output_error
+from luthier.compression.method import LayerByLayer, Quantizer, output_errors
 from luthier.compression.records import Record
-from luthier.compression.sweep import Swept, rounding, sweep
+from luthier.compression.sweep import Rounding, Swept, sweep
 from luthier.options import option
 
 
@@ -49,8 +49,8 @@ class Config(Quantizer, LayerByLayer):
         weight = matrix(layer)
         nearest = self.fit(layer, weight)
         grid, swept = self.settle(layer, weight, nearest, hessian)
-        before = output_error(nearest.round(weight) - weight, weight, hessian)
-        after = output_error(swept.weight - weight, weight, hessian)
+        changes = nearest.round(weight) - weight, swept.weight - weight
+        before, after = output_errors(changes, weight, hessian)
         self.put(block, name, layer, grid.quantize(swept.weight), grid)
         note = "" if swept.damping == self.damping else f"damping raised to {swept.damping:g}"
         return Record(name, before, after, bits=self.bits, note=note)
@@ -66,7 +66,7 @@ class Config(Quantizer, LayerByLayer):
                 return None if zeros is None else zeros[:, indices]
 
             return nearest, sweep(
-                weight, hessian, settle=rounding(nearest), look=keep, order=order, **options
+                weight, hessian, settle=Rounding(nearest), look=keep, order=order, **options
             )
         return self._with_moving_grids(layer, weight, hessian, zeros, options)
 

@@ -35,7 +35,7 @@ from luthier.compression.grid import Grid
 from luthier.compression.linear import QuantizedLinear, matrix
 from luthier.compression.method import LayerByLayer, Quantizer, output_error
 from luthier.compression.records import Record
-from luthier.compression.sweep import rounding, sweep
+from luthier.compression.sweep import Rounding, sweep
 from luthier.options import option
 
 
@@ -85,7 +85,7 @@ class Config(Quantizer, LayerByLayer):
         if hessian is None:
             return weight
         order = hessian.diagonal().argsort(descending=True, stable=True)
-        return sweep(weight, hessian, settle=rounding(grid), order=order, damping=self.damping).weight
+        return sweep(weight, hessian, settle=Rounding(grid), order=order, damping=self.damping).weight
 
 
 def _bits_more(layer: CompensatedLinear, weight: Tensor) -> float:

@@ -3,10 +3,12 @@
 import pytest
 import tiny
 import torch
+from torch import nn
 from torch.nn import functional
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from luthier.acceleration import float32, native
-from luthier.acceleration.float32 import Float32, attention, linear
+from luthier.acceleration.float32 import Float32, attention, linear, norms, why_no_norm
 
 pytestmark = pytest.mark.skipif(float32._product is None, reason="this torch is built without oneDNN")
 
@@ -175,3 +177,51 @@ def test_the_attention_of_a_model_computes_so(attended):
             found = model(ids).logits
     assert len(attended) == len(model.model.layers)
     assert torch.allclose(found, plain, atol=1e-5)
+
+
+@machine
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("width", [1, 16, 24, 96, 577])
+def test_an_rms_norm_is_that_of_transformers(width, threads):
+    norm = LlamaRMSNorm(width, eps=1e-5)
+    with torch.no_grad():
+        norm.weight.copy_(made(width))
+    x = 10 * made(3, 5, width)
+    torch.set_num_threads(threads)
+    with norms(norm) as found, torch.no_grad():
+        assert found == 1
+        given = norm(x), norm(x.transpose(0, 1)).transpose(0, 1)
+    torch.set_num_threads(1)
+    for y in given:
+        assert torch.allclose(y, norm(x), rtol=1e-5, atol=1e-6)
+    assert "forward" not in norm.__dict__
+
+
+@machine
+def test_norms_of_other_kinds_are_left_alone():
+    class Shifted(LlamaRMSNorm):
+        def forward(self, x):
+            return super().forward(x) * (1 + self.weight)
+
+    others = [nn.LayerNorm(8), nn.Linear(8, 8), Shifted(8), LlamaRMSNorm(8).to(torch.bfloat16)]
+    assert all(why_no_norm(module) for module in others)
+    with norms(nn.ModuleList(others)) as found:
+        assert not found
+
+
+@machine
+def test_what_the_kernel_of_norms_does_not_take_goes_the_way_of_the_model(monkeypatch):
+    handed = []
+    norm = LlamaRMSNorm(8)
+    with norms(norm) as found:
+        assert found == 1
+        monkeypatch.setattr(native, "rms_norm", lambda x, *_: handed.append(x) or x)
+        norm(made(2, 8)).sum().backward()
+        assert norm.weight.grad is not None
+        with torch.no_grad():
+            for x in (made(2, 8).bfloat16(), made(2, 8).double(), made(0, 8)):
+                assert norm(x).shape == x.shape
+        assert not handed
+        with torch.no_grad():
+            norm(made(2, 8))
+        assert len(handed) == 1

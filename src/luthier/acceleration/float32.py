@@ -1,20 +1,23 @@
-"""Linear layers and attention in float32, without a gradient, faster than torch's way to MKL.
+"""Linear layers, attention and RMS norms in float32, without a gradient, faster than torch computes them.
 
 torch hands products of matrices to MKL, which does not use all of what the CPUs of another maker have: on a
 Zen 5 it makes 100 billion operations a second and core, oneDNN 230, both exact to float32. The operator that
 is called here is the one to which torch's own compiler lowers linear layers.
 
-Attention is that of `attention.cpp` where the machine has it (`benchmarks/attention_float32.py`).
+Attention is that of `attention.cpp` where the machine has it (`benchmarks/attention_float32.py`), norms are
+those of `norm.cpp`: transformers writes a norm in six operations, each of which reads all there is.
 """
 
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from luthier.acceleration import native
+from luthier.acceleration.replaced import replaced
 
 _available = torch.backends.mkldnn.is_available()
 _product: Any = torch.ops.mkldnn._linear_pointwise.default if _available else None
@@ -80,6 +83,34 @@ def _same_text(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> bool
     batch, heads, seq, dim = query.shape
     kv_heads = key.shape[1] if grouped else heads
     return key.shape == (batch, kv_heads, seq, dim) and heads % kv_heads == 0 and dim % 16 == 0
+
+
+def norms(model: nn.Module) -> AbstractContextManager[int]:
+    """Inside, the RMS norms of `model` compute so. Yields their number."""
+    return replaced(model, why_no_norm, _norm)
+
+
+@torch.no_grad()
+def why_no_norm(module: nn.Module) -> str | None:
+    """Why a module is no w x / sqrt(mean(x^2) + eps) that the machine has a kernel for, or None."""
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or not isinstance(eps, float):
+        return "no RMS norm"
+    if weight.dtype != torch.float32 or weight.device.type != "cpu" or not native.here():
+        return "no kernel"
+    x = torch.randn(1, 2, len(weight), generator=torch.Generator().manual_seed(0))
+    if not torch.allclose(_norm(module, x), type(module).forward(module, x), rtol=1e-5, atol=1e-6):
+        return "norm of another kind"
+    return None
+
+
+def _norm(self: nn.Module, x: Tensor) -> Tensor:
+    weight: Any = self.weight
+    taken = x.dtype == weight.dtype == torch.float32 and x.shape[-1] == len(weight) and x.numel() > 0
+    if taken and _here(x, weight) and native.here():
+        return native.rms_norm(x.contiguous(), weight.contiguous(), cast(float, self.variance_epsilon))
+    y: Tensor = type(self).forward(self, x)
+    return y
 
 
 _STANDING_IN: dict[Any, Any] = {

@@ -36,6 +36,7 @@ ARGUMENTS = {
     "luthier_one_row": [*[_pointer] * 3, *[_long] * 2, _int],
     "luthier_attention": [*[_pointer] * 5, _float, _int, *[_long] * 5, _int],
     "luthier_gram": [_pointer, _int, *[_pointer] * 2, *[_long] * 2, _int],
+    "luthier_rms_norm": [*[_pointer] * 3, _float, *[_long] * 2, _int],
     "luthier_sweep": [*[_pointer] * 6, _float, _float, _pointer, *[_long] * 5, _int],
 }
 
@@ -86,6 +87,21 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal
         torch.get_num_threads(),
     )
     return y.transpose(1, 2)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """w x / sqrt(mean(x^2) + eps), all in float32 and contiguous. x (..., width), weight (width,)."""
+    y = torch.empty_like(x)
+    library().luthier_rms_norm(
+        x.data_ptr(),
+        weight.data_ptr(),
+        y.data_ptr(),
+        eps,
+        x.numel() // len(weight),
+        len(weight),
+        torch.get_num_threads(),
+    )
+    return y
 
 
 def gram(x: Tensor, sums: Tensor, scale: Tensor | None = None) -> None:

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from luthier.acceleration.float32 import norms
 from luthier.compression.block import Block, Call
 from luthier.compression.grid import Grid, Scheme
 from luthier.compression.linear import QuantizedLinear, quantize_layer, quantized_layers
@@ -78,7 +79,7 @@ def calibrate(
         for index in range(len(stack)):
             block = Block(model, f"{name}.{index}", index, hidden, calls[index], masks, propagates=propagates)
             start = time.perf_counter()
-            with replaces_weights(block.module):
+            with replaces_weights(block.module), norms(block.module):
                 found = store.restore(block) if store is not None else None
                 if found is None:
                     found = list(change(block))

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from luthier.acceleration import native
 from luthier.acceleration.fast_linear import FastLinear, IntegerLinear
+from luthier.acceleration.float32 import attention
 from luthier.models import structure
 
 PARTS = {
@@ -132,9 +133,7 @@ class _Layer:
             shared = queries.reshape(batch, self.kv_heads, -1, self.dim)
             return F.scaled_dot_product_attention(shared, keys, values, scale=self.scale).reshape(batch, -1)
         grouped = self.heads != self.kv_heads
-        y = F.scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, scale=self.scale, enable_gqa=grouped
-        )
+        y = attention(queries, keys, values, is_causal=True, scale=self.scale, enable_gqa=grouped)
         return y.transpose(1, 2).reshape(batch * seq, -1)
 
 

@@ -106,7 +106,6 @@ TASKS = {
         evaluate={
             "data": f"{DATA}/addsub_test.json",
             "metrics": ["final_number"],
-            "samples": 128,
             "batch_size": 64,
             "generation": {"max_new_tokens": 80},
         },

@@ -6,7 +6,7 @@ one after the other.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
 from luthier.acceleration.float32 import Float32
-from luthier.acceleration.replaced import stood_in
+from luthier.compression.settled import SettledParts
 from luthier.compression.statistics import Statistic
 from luthier.errors import MethodError
 
@@ -59,27 +59,20 @@ class Block:
         self.hidden, self.calls, self.masks = hidden, calls, masks
         self.propagates, self._left = propagates, False
         self._chosen: set[str] = set()
-        self._settled: set[str] = set()
-        self._known: dict[tuple[str, int], Any] = {}  # outputs, by module and batch
-        self._ends: dict[str, tuple[str, Any]] = {}  # by part, see `_seeing_ends`
-        self._into: dict[tuple[str, int], Tensor] = {}  # inputs of such a layer, by part and batch
+        self._settled = SettledParts(name)
 
     def choose(self, names: set[str]) -> None:
         """From now on `layers` are those of these full names, and none is settled."""
         self._chosen = names
-        self._settled.clear()
-        self._known.clear()
-        self._into.clear()
+        self._settled.begin(names)
 
     def settle(self, names: Iterable[str]) -> None:
         """Say that these layers, and all that work before them, will change no more.
 
-        A part of the block with nothing but settled layers (attention, say) need not be run again: its
-        output on each batch stands in for it until the block is left. It comes from the last of the layers
-        and the inputs of it that were observed, if the part gives what that layer gives (`groups` has seen
-        it); else the part is run once more.
+        A part of the block with nothing but settled layers need not be run again until the block is left
+        (`luthier.compression.settled`).
         """
-        self._settled |= set(names)
+        self._settled.add(set(names))
 
     @property
     def module(self) -> nn.Module:
@@ -110,96 +103,10 @@ class Block:
     @torch.no_grad()
     def run(self, index: int, module: Any = None) -> Tensor:
         """Output (batch, seq, hidden) of the block on one batch of its inputs."""
-        with Float32(), self._knowing(index) if module is None else nullcontext():
+        if module is not None:
             return self.compute(index, module)
-
-    @contextmanager
-    def _knowing(self, index: int) -> Iterator[None]:
-        """Let settled parts give what they gave on this batch, or keep it when they are run."""
-        shape = self.hidden[index].shape
-        ran: set[tuple[str, int]] = set()
-
-        def known(key: tuple[str, int]) -> Any:
-            return lambda *_, **__: self._known[key]
-
-        def keep(key: tuple[str, int]) -> Any:
-            def hook(_: nn.Module, inputs: Any, output: Any) -> None:
-                made = output[0] if isinstance(output, tuple) else output
-                if key in ran:  # a part that works twice has two outputs
-                    self._known.pop(key, None)
-                elif isinstance(made, Tensor) and made.shape == shape:  # nothing wider is worth its memory
-                    self._known[key] = output
-                ran.add(key)
-
-            return hook
-
-        with ExitStack() as stack:
-            for name, part in self._settled_parts():
-                key = (name, index)
-                if key in self._into:
-                    layer, rest = self._ends[name]
-                    made = self.all_layers()[layer](self._into.pop(key))
-                    self._known[key] = made if rest is None else (made, *rest)
-                if key in self._known:
-                    stack.enter_context(stood_in(part, known(key)))
-                else:
-                    stack.callback(part.register_forward_hook(keep(key)).remove)
-            yield
-
-    def _settled_parts(self) -> list[tuple[str, nn.Module]]:
-        """Modules of the block, no single layers, that hold settled layers and none that may still change."""
-        waiting = self._chosen - self._settled
-
-        def holds(name: str, layers: set[str]) -> bool:
-            return any(layer.startswith(f"{self.name}.{name}.") for layer in layers)
-
-        parts = self.module.named_children()
-        return [(n, m) for n, m in parts if holds(n, self._settled) and not holds(n, waiting)]
-
-    @contextmanager
-    def _seeing_ends(self) -> Iterator[None]:
-        """See in a run which parts end with a linear layer: what it gives is what the part gives.
-
-        Of such a part are kept the layer's name and what else the part gives: a tuple of None, or None where
-        it gives a tensor alone.
-        """
-        made: dict[int, tuple[str, Tensor]] = {}  # the tensors too, so that no id comes twice
-        ran: list[str] = []
-        prefix = f"{self.name}."
-
-        def of_layer(name: str) -> Any:
-            def hook(_: nn.Module, inputs: Any, output: Any) -> None:
-                made[id(output)] = name, output
-                ran.append(name)
-
-            return hook
-
-        def of_part(name: str) -> Any:
-            def hook(_: nn.Module, inputs: Any, output: Any) -> None:
-                first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-                layer = made.get(id(first), ("", None))[0]
-                inside = layer.startswith(f"{prefix}{name}.") and not any(x is not None for x in rest or ())
-                ran.append(name)
-                if inside and ran.count(name) == ran.count(layer) == 1:
-                    self._ends[name] = layer, rest
-                else:  # one of them works twice, or the part gives something else
-                    self._ends.pop(name, None)
-
-            return hook
-
-        with ExitStack() as stack:
-            for name, layer in self.all_layers().items():
-                stack.callback(layer.register_forward_hook(of_layer(name)).remove)
-            for name, part in self.module.named_children():
-                stack.callback(part.register_forward_hook(of_part(name)).remove)
-            yield
-
-    def _keep_end(self, name: str, index: int, x: Tensor) -> None:
-        """Keep a layer's inputs on a batch where they are all that its part's output will need."""
-        waiting = self._chosen - self._settled - {name}
-        for part, (layer, _) in self._ends.items():
-            if layer == name and not any(n.startswith(f"{self.name}.{part}.") for n in waiting):
-                self._into[part, index] = x
+        with self._settled.standing_in(self.module, self.all_layers(), index, self.hidden[index].shape):
+            return self.compute(index)
 
     def compute(self, index: int, module: Any = None, rows: int | None = None) -> Tensor:
         """The same, with gradients where they are switched on.
@@ -222,8 +129,7 @@ class Block:
         self._left = True
         for index in range(len(self.hidden)):
             self.hidden[index] = self.run(index)
-            for name, _ in self._settled_parts():
-                self._known.pop((name, index), None)
+            self._settled.forget(index)
 
     def groups(self) -> list[list[str]]:
         """Names of the layers that read one and the same tensor, group by group as they work.
@@ -246,7 +152,8 @@ class Block:
         # One row shows the layers of most blocks; experts wait for a token that goes to them.
         for index, rows in [(0, 1), *((index, None) for index in range(len(self.hidden)))]:
             if waiting:
-                with torch.no_grad(), hooked(dict(waiting), seen), self._seeing_ends():
+                ends = self._settled.seeing_ends(self.module, self.all_layers())
+                with torch.no_grad(), hooked(dict(waiting), seen), ends:
                     self.compute(index, rows=rows)
         if waiting:
             raise MethodError(
@@ -286,7 +193,7 @@ class Block:
                     )
                 statistics[name].add(tokens)
                 if not self._left:
-                    self._keep_end(name, index, x)
+                    self._settled.observed(name, index, x)
 
     def inputs(self, name: str, index: int) -> Tensor:
         """The inputs of one layer on one batch, (tokens, features) without padding."""

@@ -243,6 +243,8 @@ def run(task: str, folder: Path, made: dict[str, Any]) -> dict[str, Any] | None:
         stage = json.loads(manifest.read_text())
         stages[stage["stage"]] = stage
     one = record(task, key, made, stages)
+    if right := judged(folder / made["name"], TASKS[task].metric):
+        one["right"] = right
     if "tune" in stages:
         seconds = float(file.with_suffix(".seconds").read_text())
         one["tokens_per_second"] = round(stages["tune"]["metrics"]["tokens"] / seconds)
@@ -268,12 +270,36 @@ def record(task: str, key: str, made: dict[str, Any], stages: dict[str, Any]) ->
     return one
 
 
-def row(task: Task, title: str, runs: list[dict[str, Any]]) -> str:
-    """A line of the table: mean over the seeds, mean bounds of the runs' intervals, and the costs."""
+def judged(folder: Path, metric: str) -> str | None:
+    """Which answers of a run were right, a 0 or 1 for each; None where a row is not judged so."""
+    rows = [json.loads(line) for file in folder.glob("*/predictions.jsonl") for line in file.open()]
+    scores = [row["scores"].get(metric) for row in sorted(rows, key=lambda row: row["index"])]
+    return "".join(f"{score:.0f}" for score in scores) if set(scores) <= {0, 1} else None
+
+
+def gain(runs: list[dict[str, Any]], base: dict[str, Any]) -> str:
+    """What a method adds to the untuned model, question by question, and its interval over the questions."""
+    import numpy as np
+
+    from luthier.evaluation.bootstrap import interval, mean
+
+    before, *after = (np.array([int(one) for one in run["right"]]) for run in (base, *runs))
+    found = interval(mean(np.mean(after, axis=0) - before))
+    return f"{found.value:+.3f} ({found.low:+.2f} to {found.high:+.2f})"
+
+
+def row(task: Task, title: str, runs: list[dict[str, Any]], base: dict[str, Any] | None) -> str:
+    """A line of the table: mean over the seeds, mean bounds of the runs' intervals, and the costs.
+
+    Args:
+        base: the run of the untuned model, where answers are right or wrong: what is added to it is told too.
+    """
     scores = [one["metrics"][task.metric] for one in runs]
     value, low, high = (statistics.fmean(s[key] for s in scores) for key in ("value", "low", "high"))
     seeds = " / ".join(f"{s['value']:.3f}" for s in scores)
     cells = [title, f"{value:.3f}", f"{low:.2f} to {high:.2f}", seeds]
+    if base is not None:
+        cells.append("-" if base in runs else gain(runs, base))
     tuned = [one for one in runs if "trainable" in one]
     if tuned:
         columns = ("trainable", "peak_memory_bytes", "tokens_per_second", "artefact_bytes")
@@ -313,12 +339,15 @@ def main() -> None:
     def outcome(made: dict[str, Any]) -> dict[str, Any] | None:
         return recorded().get(digest(made)) if given.table else run(given.task, folder, made)
 
-    print(f"| method | {task.metric} | 95 % | seeds | trainable | peak GB | tokens/s | artefact MB |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|", flush=True)
+    untuned = outcome(recipe(task, "untuned", None, 0.0, 0))
+    base = untuned if untuned and "right" in untuned else None
+    columns = ["method", task.metric, "95 %", "seeds", *(["over untuned, 95 %"] if base else [])]
+    columns += ["trainable", "peak GB", "tokens/s", "artefact MB"]
+    print(f"| {' | '.join(columns)} |\n|---|{'--:|' * (len(columns) - 1)}", flush=True)
     for name in given.methods or ["untuned", *(m.name for m in luthier.methods("tuning") if not m.searches)]:
         if name == "untuned":
-            if not given.rates and (base := outcome(recipe(task, name, None, 0.0, 0))):
-                print(row(task, name, [base]), flush=True)
+            if not given.rates and untuned:
+                print(row(task, name, [untuned], base), flush=True)
             continue
         if name not in task.settings and not given.rates:
             print(f"{name} has no settings for {given.task}", file=sys.stderr)
@@ -328,7 +357,7 @@ def main() -> None:
         for trial in given.rates or [rate]:
             made = [recipe(task, f"{name}-{trial:g}-{s}", {"name": name} | options, trial, s) for s in seeds]
             if runs := [found for one in made if (found := outcome(one))]:
-                print(row(task, title(name, trial, options), runs), flush=True)
+                print(row(task, title(name, trial, options), runs, base), flush=True)
             elif given.table:
                 print(f"{name} has not run on {given.task}", file=sys.stderr)
 

@@ -299,7 +299,8 @@ def row(task: Task, title: str, runs: list[dict[str, Any]], base: dict[str, Any]
     seeds = " / ".join(f"{s['value']:.3f}" for s in scores)
     cells = [title, f"{value:.3f}", f"{low:.2f} to {high:.2f}", seeds]
     if base is not None:
-        cells.append("-" if base in runs else gain(runs, base))
+        known = base not in runs and all("right" in one for one in runs)
+        cells.append(gain(runs, base) if known else "-")
     tuned = [one for one in runs if "trainable" in one]
     if tuned:
         columns = ("trainable", "peak_memory_bytes", "tokens_per_second", "artefact_bytes")

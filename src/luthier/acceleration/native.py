@@ -27,7 +27,7 @@ log = logging.getLogger("luthier.acceleration")
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 INSTRUCTIONS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mavx512vnni")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", *INSTRUCTIONS)
-SECONDS = 120  # that compiling may take; it takes one or two
+SECONDS = 120  # that a step of compiling may take; all take a few
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 ARGUMENTS = {

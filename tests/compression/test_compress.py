@@ -3,6 +3,7 @@
 import gc
 import logging
 import weakref
+from contextlib import contextmanager
 
 import peft
 import pytest
@@ -11,7 +12,7 @@ import tiny
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from luthier import method, resources
+from luthier import method
 from luthier.compression.compress import compress
 from luthier.compression.linear import matrix, quantized_layers
 from luthier.compression.masks import in_groups, share_of_zeros
@@ -255,14 +256,15 @@ def test_old_weights_are_freed_block_by_block(name, monkeypatch):
     model = tiny.llama(num_hidden_layers=3)
     old = [weakref.ref(block.mlp.up_proj) for block in model.model.layers]
     held = []
-    gives_back = resources.trim_heap
 
-    def look():
+    @contextmanager
+    def look(block):
+        yield
         gc.collect()
         held.append(sum(layer() is not None for layer in old))
-        gives_back()
 
-    monkeypatch.setattr(resources, "trim_heap", look)
+    for module in ("calibration", "compress"):
+        monkeypatch.setattr(f"luthier.compression.{module}.replaces_weights", look)
     compress(model, method(name)(**({} if name == "smoothquant" else {"group_size": 16})), calibration=DATA)
     assert held == [2, 1, 0]
 

@@ -172,13 +172,13 @@ SCHEMES = [Scheme(4, 16), Scheme(3, None, symmetric=False), Scheme(2, 8, symmetr
 
 
 @pytest.mark.skipif(not native.here(), reason=f"no kernels: {native._library()}")
-@pytest.mark.parametrize("rows", [1, 16, 37])
+@pytest.mark.parametrize("rows", [1, 48, 101])
 @pytest.mark.parametrize("pattern", ["dense", "half", "2:4"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_our_kernel_gives_what_single_columns_give(monkeypatch, rows, pattern, scheme, threads):
     """Codes alike, and weights that are on no grid to the last bits: the kernel rounds a sum once less."""
-    weight, columns = small.weight_of(rows, 96), 96
+    weight, columns = small.weight_of(rows, 112), 112
     hessian = small.hessian_of(small.correlated(400, columns)).float()
     order = hessian.diagonal().argsort(descending=True)
     options = {"order": order, "block": 40}

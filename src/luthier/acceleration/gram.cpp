@@ -1,7 +1,9 @@
-// The sums x^T x of a calibration pass on a CPU with AVX-512, compiled and called by `native.py`.
+// Sums x^T x on a CPU with AVX-512, compiled and called by `native.py`: those of a calibration pass, and what a
+// change of weights does under them.
 //
-// Tokens come in chunks. Of a chunk both sides are laid out as they are read: columns of the right one in panels
-// of 64, four registers; columns of the left one by six, whose 24 sums stay in registers for the whole chunk.
+// Both sides of the product are laid out as they are read: columns of the right one in panels of 64, four
+// registers; columns of the left one by six, whose 24 sums stay in registers. What lies left of the diagonal is
+// not computed.
 
 #include <immintrin.h>
 
@@ -12,8 +14,8 @@
 
 namespace {
 
-constexpr int64_t LANES = 16, PANEL = 64, ROWS = 6;
-constexpr int64_t CHUNK = 160;  // tokens: a panel of them stays in the nearest cache
+constexpr int64_t LANES = 16, VECTORS = 4, PANEL = VECTORS * LANES, ROWS = 6;
+constexpr int64_t CHUNK = 192;  // tokens: a panel of them stays near
 
 int64_t parts(int64_t all, int64_t size) { return (all + size - 1) / size; }
 
@@ -30,28 +32,74 @@ void widen(const void* x, bool half, int64_t from, int64_t count, float* made) {
     }
 }
 
-void tile(const float* left, const float* right, int64_t tokens, float* sums, int64_t features, int64_t rows,
-          int64_t columns) {
-    __m512 sum[ROWS][4];
-    for (int i = 0; i < ROWS * 4; i++) (&sum[0][0])[i] = _mm512_setzero_ps();
-    for (int64_t t = 0; t < tokens; t++, left += ROWS, right += PANEL) {
-        __m512 part[4];
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; v++) part[v] = _mm512_loadu_ps(right + v * LANES);
-#pragma GCC unroll 6
-        for (int r = 0; r < ROWS; r++) {
-            const __m512 one = _mm512_set1_ps(left[r]);
-#pragma GCC unroll 4
-            for (int v = 0; v < 4; v++) sum[r][v] = _mm512_fmadd_ps(one, part[v], sum[r][v]);
+// Some tokens of x (tokens, features), laid out twice.
+struct Sides {
+    const int64_t features, most;
+    std::unique_ptr<float[]> lefts, rights;
+
+    Sides(int64_t features, int64_t most)
+        : features(features), most(most), lefts(new float[parts(features, ROWS) * ROWS * most]),
+          rights(new float[parts(features, PANEL) * PANEL * most]) {
+        const int64_t six = parts(features, ROWS) - 1, panel = parts(features, PANEL) - 1;
+        std::fill(left(six * ROWS), left(six * ROWS) + ROWS * most, 0.f);
+        std::fill(right(panel * PANEL), right(panel * PANEL) + PANEL * most, 0.f);
+    }
+    float* left(int64_t column) const { return &lefts[column * most]; }
+    float* right(int64_t column) const { return &rights[column * most]; }
+
+    // By all threads together; `token` (features) is each one's own.
+    void fill(const void* x, bool half, const float* scale, int64_t start, int64_t count, float* token) {
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < count; t++) {
+            widen(x, half, (start + t) * features, features, token);
+            if (scale)
+                for (int64_t i = 0; i < features; i++) token[i] *= scale[start + t];
+            for (int64_t i = 0; i < features; i += PANEL)
+                std::copy_n(&token[i], std::min(PANEL, features - i), right(i) + t * PANEL);
+            for (int64_t i = 0; i < features; i += ROWS)
+                std::copy_n(&token[i], std::min(ROWS, features - i), left(i) + t * ROWS);
         }
     }
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t v = 0; v * LANES < columns; v++) {
-            const int64_t here = std::min(LANES, columns - v * LANES);
-            const __mmask16 lanes = here == LANES ? 0xffff : (1u << here) - 1;
-            float* to = sums + r * features + v * LANES;
-            _mm512_mask_storeu_ps(to, lanes, _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, to), sum[r][v]));
+};
+
+// Six rows and 64 columns of x^T x.
+struct Tile {
+    __m512 sum[ROWS][VECTORS];
+
+    Tile(const float* left, const float* right, int64_t tokens) {
+        for (int i = 0; i < ROWS * VECTORS; i++) (&sum[0][0])[i] = _mm512_setzero_ps();
+        for (int64_t t = 0; t < tokens; t++, left += ROWS, right += PANEL) {
+            __m512 part[VECTORS];
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) part[v] = _mm512_loadu_ps(right + v * LANES);
+#pragma GCC unroll 6
+            for (int r = 0; r < ROWS; r++) {
+                const __m512 one = _mm512_set1_ps(left[r]);
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++) sum[r][v] = _mm512_fmadd_ps(one, part[v], sum[r][v]);
+            }
         }
+    }
+    template <class Use>
+    void each(int64_t row, int64_t column, int64_t features, Use use) const {
+        for (int64_t r = 0; r < std::min(ROWS, features - row); r++)
+            for (int64_t v = 0; v < VECTORS; v++) {
+                const int64_t first = column + v * LANES;
+                const int64_t count = std::clamp(features - first, int64_t{0}, LANES);
+                use(row + r, first, static_cast<__mmask16>((1u << count) - 1), sum[r][v]);
+            }
+    }
+};
+
+// Calls make(row, column) for the corner of every tile that has something right of the diagonal.
+template <class Make>
+void tiles(int64_t features, Make make) {
+    const int64_t panels = parts(features, PANEL);
+#pragma omp for schedule(dynamic)
+    for (int64_t n = 0; n < panels; n++) {
+        const int64_t column = (panels - 1 - n) * PANEL;  // the longest first
+        for (int64_t row = 0; row < std::min(column + PANEL, features); row += ROWS) make(row, column);
+    }
 }
 
 }  // namespace
@@ -62,34 +110,48 @@ extern "C" {
 // bfloat16 (if half); each token counts as if it were multiplied by its `scale` (tokens,), where there is one.
 void luthier_gram(const void* x, int half, const float* scale, float* sums, int64_t tokens, int64_t features,
                   int threads) {
-    const int64_t panels = parts(features, PANEL), sixes = parts(features, ROWS);
-    std::unique_ptr<float[]> right(new float[panels * PANEL * CHUNK]), left(new float[sixes * ROWS * CHUNK]);
-    std::fill(&right[(panels - 1) * PANEL * CHUNK], &right[panels * PANEL * CHUNK], 0.f);
-    std::fill(&left[(sixes - 1) * ROWS * CHUNK], &left[sixes * ROWS * CHUNK], 0.f);
+    Sides sides(features, CHUNK);
 #pragma omp parallel num_threads(threads)
     {
-        std::unique_ptr<float[]> token(new float[features]);
+        const std::unique_ptr<float[]> token(new float[features]);
         for (int64_t start = 0; start < tokens; start += CHUNK) {
             const int64_t count = std::min(CHUNK, tokens - start);
-#pragma omp for schedule(static)
-            for (int64_t t = 0; t < count; t++) {
-                widen(x, half, (start + t) * features, features, token.get());
-                if (scale)
-                    for (int64_t i = 0; i < features; i++) token[i] *= scale[start + t];
-                for (int64_t i = 0; i < features; i += PANEL)
-                    std::copy_n(&token[i], std::min(PANEL, features - i), &right[i * CHUNK + t * PANEL]);
-                for (int64_t i = 0; i < features; i += ROWS)
-                    std::copy_n(&token[i], std::min(ROWS, features - i), &left[i * CHUNK + t * ROWS]);
-            }
-#pragma omp for schedule(dynamic)
-            for (int64_t n = 0; n < panels; n++) {
-                const int64_t column = (panels - 1 - n) * PANEL;  // the longest first
-                const int64_t columns = std::min(PANEL, features - column);
-                for (int64_t row = 0; row < column + columns; row += ROWS)
-                    tile(&left[row * CHUNK], &right[column * CHUNK], count, sums + row * features + column,
-                         features, std::min(ROWS, features - row), columns);
-            }
+            sides.fill(x, half, scale, start, count, token.get());
+            tiles(features, [&](int64_t row, int64_t column) {
+                Tile(sides.left(row), sides.right(column), count)
+                    .each(row, column, features, [&](int64_t i, int64_t j, __mmask16 lanes, __m512 sum) {
+                        float* to = sums + i * features + j;
+                        _mm512_mask_storeu_ps(to, lanes,
+                                              _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, to), sum));
+                    });
+            });
         }
     }
+}
+
+// tr(x H x^T) of x (tokens, features) and a symmetric H (features, features), of which only what lies right of
+// the diagonal is read.
+double luthier_square(const float* x, const float* hessian, int64_t tokens, int64_t features, int threads) {
+    double total = 0;
+    Sides sides(features, tokens);
+    const __m512i counted = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#pragma omp parallel num_threads(threads) reduction(+ : total)
+    {
+        const std::unique_ptr<float[]> token(new float[features]);
+        sides.fill(x, false, nullptr, 0, tokens, token.get());
+        tiles(features, [&](int64_t row, int64_t column) {
+            __m512 on = _mm512_setzero_ps(), right = _mm512_setzero_ps();
+            Tile(sides.left(row), sides.right(column), tokens)
+                .each(row, column, features, [&](int64_t i, int64_t j, __mmask16 lanes, __m512 sum) {
+                    const __m512i place = _mm512_add_epi32(counted, _mm512_set1_epi32(j - i));
+                    const __m512 h = _mm512_maskz_loadu_ps(lanes, hessian + i * features + j);
+                    const __mmask16 beyond = _mm512_cmpgt_epi32_mask(place, _mm512_setzero_si512());
+                    right = _mm512_mask3_fmadd_ps(h, sum, right, beyond);
+                    on = _mm512_mask3_fmadd_ps(h, sum, on, _mm512_testn_epi32_mask(place, place));
+                });
+            total += _mm512_reduce_add_ps(on) + 2.0 * _mm512_reduce_add_ps(right);
+        });
+    }
+    return total;
 }
 }

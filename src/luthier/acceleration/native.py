@@ -36,9 +36,12 @@ ARGUMENTS = {
     "luthier_one_row": [*[_pointer] * 3, *[_long] * 2, _int],
     "luthier_attention": [*[_pointer] * 5, _float, _int, *[_long] * 5, _int],
     "luthier_gram": [_pointer, _int, *[_pointer] * 2, *[_long] * 2, _int],
+    "luthier_square": [*[_pointer] * 2, *[_long] * 2, _int],
     "luthier_rms_norm": [*[_pointer] * 3, _float, *[_long] * 2, _int],
-    "luthier_sweep": [*[_pointer] * 6, _float, _float, _pointer, *[_long] * 5, _int],
+    "luthier_catch_up": [*[_pointer] * 3, *[_long] * 4, _int],
+    "luthier_settle": [*[_pointer] * 6, _float, _float, _pointer, *[_long] * 4, _int],
 }
+RESULTS = {"luthier_square": ctypes.c_double}
 
 
 def library() -> ctypes.CDLL:
@@ -122,11 +125,29 @@ def gram(x: Tensor, sums: Tensor, scale: Tensor | None = None) -> None:
     )
 
 
-def sweep(
+def square(x: Tensor, hessian: Tensor) -> float:
+    """tr(x H x^T), all float32 and contiguous. x (tokens, features), hessian (features, features), symmetric."""
+    found: float = library().luthier_square(
+        x.data_ptr(), hessian.data_ptr(), *x.shape, torch.get_num_threads()
+    )
+    return found
+
+
+def catch_up(w: Tensor, errors: Tensor, upper: Tensor, columns: tuple[int, int]) -> None:
+    """Take from some columns of w, in place, what the errors of all before ask of them; see `settle`."""
+    library().luthier_catch_up(
+        *(part.data_ptr() for part in (w, errors, upper)),
+        w.shape[1],
+        *(len(w), *columns),
+        torch.get_num_threads(),
+    )
+
+
+def settle(
     w: Tensor,
     errors: Tensor,
     upper: Tensor,
-    columns: tuple[int, int, int],
+    columns: tuple[int, int],
     *,
     grid: tuple[Tensor, Tensor | None, Tensor, float, float] | None = None,
     zeros: Tensor | None = None,
@@ -134,20 +155,20 @@ def sweep(
     """Settle some columns of w as `luthier.compression.sweep` says, in place; all float32 and contiguous.
 
     Args:
-        w, errors: (rows, columns).
+        w, errors: (columns, rows).
         upper: (columns, columns).
-        columns: first that is settled, first that is not, first that is not brought up to date.
+        columns: first that is settled, first that is not.
         grid: scale and zero (groups, rows), the group of each column (int64), least and greatest code;
             without it columns stay as they are, but for zeros.
-        zeros: what becomes zero, bool (rows, columns that are settled).
+        zeros: what becomes zero, bool (columns that are settled, rows).
     """
     scale, zero, group, low, high = grid or (None, None, None, 0.0, 0.0)
-    library().luthier_sweep(
+    library().luthier_settle(
         *(None if part is None else part.data_ptr() for part in (w, errors, upper, scale, zero, group)),
         *(low, high),
         None if zeros is None else zeros.data_ptr(),
-        *w.shape,
-        *columns,
+        w.shape[1],
+        *(len(w), *columns),
         torch.get_num_threads(),
     )
 
@@ -165,7 +186,7 @@ def _library() -> ctypes.CDLL | str:
         loaded = ctypes.CDLL(str(_compiled(compiler)))
         for name, types in ARGUMENTS.items():
             function = getattr(loaded, name)
-            function.argtypes, function.restype = types, None
+            function.argtypes, function.restype = types, RESULTS.get(name)
     except subprocess.CalledProcessError as error:
         return f"{compiler} fails: {next(iter(error.stderr.splitlines()), error.returncode)}"
     except (OSError, subprocess.SubprocessError, AttributeError) as error:

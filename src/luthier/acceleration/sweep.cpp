@@ -1,19 +1,46 @@
 // The column sweep of GPTQ and SparseGPT on a CPU with AVX-512, compiled and called by `native.py`.
 //
-// Rows of the weight do not know of each other: 16 of them, the lanes of a register, go through the columns of
-// a block alone, in a copy that stays in the nearest cache.
+// Matrices lie column after column, (columns, rows): rows do not know of each other, and 48 of them, three
+// registers, go through all columns alone. Of a few columns first what earlier errors ask of them is subtracted,
+// eight columns at a time, whose 24 sums stay in registers; then they are settled one after the other.
 
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 
 namespace {
 
-constexpr int64_t LANES = 16;
+constexpr int64_t LANES = 16, VECTORS = 3, STRIP = LANES * VECTORS;
+constexpr int64_t PANEL = 8;   // columns whose sums are made together
+constexpr int64_t CLOSE = 32;  // columns that are settled one by one: a multiple of PANEL
 
-__mmask16 first(int64_t count) { return count >= LANES ? 0xffff : (1u << count) - 1; }
+// Up to 48 rows of a matrix with so many.
+struct Strip {
+    int64_t row, rows;
+    __mmask16 lanes[VECTORS];
+
+    Strip(int64_t row, int64_t rows) : row(row), rows(rows) {
+        for (int64_t v = 0; v < VECTORS; v++) {
+            const int64_t count = std::clamp(rows - row - v * LANES, int64_t{0}, LANES);
+            lanes[v] = (1u << count) - 1;
+        }
+    }
+    void load(const float* matrix, int64_t column, float* to) const {
+        for (int64_t v = 0; v < VECTORS; v++)
+            _mm512_store_ps(to + v * LANES, _mm512_maskz_loadu_ps(lanes[v], at(matrix, column, v)));
+    }
+    void store(const float* from, float* matrix, int64_t column) const {
+        for (int64_t v = 0; v < VECTORS; v++)
+            _mm512_mask_storeu_ps(at(matrix, column, v), lanes[v], _mm512_load_ps(from + v * LANES));
+    }
+    template <class T>
+    T* at(T* matrix, int64_t column, int64_t v) const {
+        return matrix + column * rows + row + v * LANES;
+    }
+};
 
 // Steps and codes of zero of each group, (groups, rows), and what codes there are. No scale: no grid.
 struct Grid {
@@ -21,64 +48,144 @@ struct Grid {
     const int64_t* group;  // of each column
     float low, high;
 
-    __m512 nearest(__m512 value, int64_t column, int64_t row, int64_t rows, __mmask16 lanes) const {
+    __m512 nearest(__m512 value, int64_t column, const Strip& strip, int64_t v) const {
         if (!scale) return value;
-        const int64_t at = group[column] * rows + row;
-        const __m512 step = _mm512_mask_loadu_ps(_mm512_set1_ps(1.f), lanes, scale + at);
-        const __m512 origin = zero ? _mm512_maskz_loadu_ps(lanes, zero + at) : _mm512_setzero_ps();
+        const __mmask16 lanes = strip.lanes[v];
+        const __m512 step =
+            _mm512_mask_loadu_ps(_mm512_set1_ps(1.f), lanes, strip.at(scale, group[column], v));
+        const __m512 origin =
+            zero ? _mm512_maskz_loadu_ps(lanes, strip.at(zero, group[column], v)) : _mm512_setzero_ps();
         __m512 code = _mm512_add_ps(_mm512_roundscale_ps(_mm512_div_ps(value, step), 0), origin);
         code = _mm512_min_ps(_mm512_max_ps(code, _mm512_set1_ps(low)), _mm512_set1_ps(high));
         return _mm512_mul_ps(_mm512_sub_ps(code, origin), step);
     }
 };
 
+// The part of U, (columns, columns), right of row `first` and within columns `start` to `stop`, as it is read:
+// eight columns side by side, row after row. Filled by all threads together.
+struct Panels {
+    const int64_t first, start, stop, columns, length;
+    std::unique_ptr<float[]> packed;
+
+    Panels(int64_t first, int64_t start, int64_t stop, int64_t columns)
+        : first(first), start(start), stop(stop), columns(columns), length((stop - first) * PANEL),
+          packed(new float[(stop - start + PANEL - 1) / PANEL * length]) {}
+
+    void fill(const float* upper) {
+#pragma omp for schedule(dynamic)
+        for (int64_t k = start; k < stop; k += PANEL) {
+            const int64_t count = std::min(PANEL, stop - k);
+            float* to = of(k);
+            for (int64_t j = first; j < k; j++, to += PANEL) {
+                for (int64_t i = 0; i < count; i++) to[i] = upper[j * columns + k + i];
+                for (int64_t i = count; i < PANEL; i++) to[i] = 0;
+            }
+        }
+    }
+    float* of(int64_t column) const { return &packed[(column - start) / PANEL * length]; }
+};
+
+// Takes from 8 columns of a strip what `count` errors, each (48), ask of them.
+void catch_up(float* columns, const float* errors, const float* panel, int64_t count) {
+    __m512 sum[PANEL][VECTORS];
+    for (int i = 0; i < PANEL * VECTORS; i++) (&sum[0][0])[i] = _mm512_load_ps(columns + i * LANES);
+    for (int64_t j = 0; j < count; j++, errors += STRIP, panel += PANEL) {
+        __m512 error[VECTORS];
+#pragma GCC unroll 3
+        for (int v = 0; v < VECTORS; v++) error[v] = _mm512_load_ps(errors + v * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < PANEL; i++) {
+            const __m512 factor = _mm512_set1_ps(panel[i]);
+#pragma GCC unroll 3
+            for (int v = 0; v < VECTORS; v++) sum[i][v] = _mm512_fnmadd_ps(factor, error[v], sum[i][v]);
+        }
+    }
+    for (int i = 0; i < PANEL * VECTORS; i++) _mm512_store_ps(columns + i * LANES, (&sum[0][0])[i]);
+}
+
+struct Free {
+    void operator()(float* memory) const { std::free(memory); }
+};
+using Buffer = std::unique_ptr<float[], Free>;
+
+Buffer buffer(int64_t columns) {
+    return Buffer(static_cast<float*>(std::aligned_alloc(64, columns * STRIP * sizeof(float))));
+}
+
 }  // namespace
 
 extern "C" {
 
-// Settles the columns from `start` to `stop` of w (rows, columns) and brings those up to `end` up to date.
-// upper (columns, columns); errors as w; zeros (rows, stop - start), or null, says what becomes zero.
-void luthier_sweep(float* w, float* errors, const float* upper, const float* scale, const float* zero,
-                   const int64_t* group, float low, float high, const uint8_t* zeros, int64_t rows,
-                   int64_t columns, int64_t start, int64_t stop, int64_t end, int threads) {
-    const Grid grid = {scale, zero, group, low, high};
+// Brings columns `start` to `stop` of w up to date with the errors of those before. w, errors (columns, rows),
+// upper (columns, columns).
+void luthier_catch_up(float* w, const float* errors, const float* upper, int64_t rows, int64_t columns,
+                      int64_t start, int64_t stop, int threads) {
+    Panels panels(0, start, stop, columns);
 #pragma omp parallel num_threads(threads)
     {
-        std::unique_ptr<float[]> copy(new float[(end - start) * LANES]);  // a column after the other
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row += LANES) {
-            const int64_t count = std::min(LANES, rows - row);
-            const __mmask16 lanes = first(count);
-            float* part = copy.get();
-            std::fill(part, part + (end - start) * LANES, 0.f);
-            for (int64_t r = 0; r < count; r++)
-                for (int64_t k = start; k < end; k++)
-                    part[(k - start) * LANES + r] = w[(row + r) * columns + k];
-            for (int64_t j = start; j < stop; j++, part += LANES) {
-                __mmask16 kept = 0xffff;
-                if (zeros)
-                    for (int64_t r = 0; r < count; r++)
-                        if (zeros[(row + r) * (stop - start) + j - start]) kept &= ~(1u << r);
-                const __m512 before = _mm512_loadu_ps(part);
-                const __m512 after =
-                    grid.nearest(_mm512_maskz_mov_ps(kept, before), j, row, rows, lanes);
-                const float* factor = upper + j * columns;
-                const __m512 lost = _mm512_div_ps(_mm512_sub_ps(before, after), _mm512_set1_ps(factor[j]));
-                for (int64_t k = j + 1; k < end; k++) {
-                    float* later = part + (k - j) * LANES;
-                    _mm512_storeu_ps(later,
-                                     _mm512_fnmadd_ps(_mm512_set1_ps(factor[k]), lost, _mm512_loadu_ps(later)));
-                }
-                alignas(64) float settled[LANES], error[LANES];
-                _mm512_store_ps(settled, after);
-                _mm512_store_ps(error, lost);
-                for (int64_t r = 0; r < count; r++) {
-                    w[(row + r) * columns + j] = settled[r];
-                    errors[(row + r) * columns + j] = error[r];
+        panels.fill(upper);
+        const Buffer known = buffer(start), some = buffer(PANEL);
+#pragma omp for schedule(dynamic)
+        for (int64_t row = 0; row < rows; row += STRIP) {
+            const Strip strip(row, rows);
+            for (int64_t j = 0; j < start; j++) strip.load(errors, j, &known[j * STRIP]);
+            for (int64_t k = start; k < stop; k += PANEL) {
+                const int64_t count = std::min(PANEL, stop - k);
+                for (int64_t i = 0; i < count; i++) strip.load(w, k + i, &some[i * STRIP]);
+                catch_up(some.get(), known.get(), panels.of(k), start);
+                for (int64_t i = 0; i < count; i++) strip.store(&some[i * STRIP], w, k + i);
+            }
+        }
+    }
+}
+
+// Settles columns `start` to `stop`, which are up to date with the errors of those before.
+// zeros (stop - start, rows), or null, says what becomes zero.
+void luthier_settle(float* w, float* errors, const float* upper, const float* scale, const float* zero,
+                    const int64_t* group, float low, float high, const uint8_t* zeros, int64_t rows,
+                    int64_t columns, int64_t start, int64_t stop, int threads) {
+    const Grid grid = {scale, zero, group, low, high};
+    Panels panels(start, start, stop, columns);
+#pragma omp parallel num_threads(threads)
+    {
+        panels.fill(upper);
+        const Buffer known = buffer(stop - start), close = buffer(CLOSE);
+#pragma omp for schedule(dynamic)
+        for (int64_t row = 0; row < rows; row += STRIP) {
+            const Strip strip(row, rows);
+            for (int64_t first = start; first < stop; first += CLOSE) {
+                const int64_t last = std::min(first + CLOSE, stop);
+                for (int64_t k = first; k < last; k++) strip.load(w, k, &close[(k - first) * STRIP]);
+                for (int64_t k = first; k < last && first > start; k += PANEL)
+                    catch_up(&close[(k - first) * STRIP], known.get(), panels.of(k), first - start);
+                for (int64_t j = first; j < last; j++) {
+                    float *column = &close[(j - first) * STRIP], *error = &known[(j - start) * STRIP];
+                    const float* factor = upper + j * columns;
+                    for (int64_t v = 0; v < VECTORS; v++) {
+                        const __m512 before = _mm512_load_ps(column + v * LANES);
+                        __mmask16 kept = strip.lanes[v];
+                        if (zeros) {
+                            const uint8_t* here = strip.at(zeros, j - start, v);
+                            kept &= ~_mm512_cmpneq_epi32_mask(
+                                _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(kept, here)), _mm512_setzero_si512());
+                        }
+                        const __m512 after = grid.nearest(_mm512_maskz_mov_ps(kept, before), j, strip, v);
+                        const __m512 lost =
+                            _mm512_div_ps(_mm512_sub_ps(before, after), _mm512_set1_ps(factor[j]));
+                        _mm512_store_ps(column + v * LANES, after);
+                        _mm512_store_ps(error + v * LANES, lost);
+                    }
+                    for (int64_t k = j + 1; k < last; k++) {
+                        float* later = &close[(k - first) * STRIP];
+                        const __m512 share = _mm512_set1_ps(factor[k]);
+                        for (int64_t v = 0; v < VECTORS * LANES; v += LANES)
+                            _mm512_store_ps(later + v, _mm512_fnmadd_ps(share, _mm512_load_ps(error + v),
+                                                                        _mm512_load_ps(later + v)));
+                    }
+                    strip.store(column, w, j);
+                    strip.store(error, errors, j);
                 }
             }
-            for (int64_t k = stop; k < end; k++, part += LANES)
-                for (int64_t r = 0; r < count; r++) w[(row + r) * columns + k] = part[r];
         }
     }
 }

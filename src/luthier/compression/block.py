@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
 from luthier.acceleration.float32 import Float32
+from luthier.compression.linear import held_weights
 from luthier.compression.settled import SettledParts
 from luthier.compression.statistics import Statistic
 from luthier.errors import MethodError
@@ -127,9 +128,10 @@ class Block:
         if self._left:
             return
         self._left = True
-        for index in range(len(self.hidden)):
-            self.hidden[index] = self.run(index)
-            self._settled.forget(index)
+        with held_weights(self.module):
+            for index in range(len(self.hidden)):
+                self.hidden[index] = self.run(index)
+                self._settled.forget(index)
 
     def groups(self) -> list[list[str]]:
         """Names of the layers that read one and the same tensor, group by group as they work.
@@ -183,17 +185,18 @@ class Block:
                 fix="Give the batches in another order, or leave the layer out (exclude).",
             )
         self._left = not self.propagates
-        for index, mask in enumerate(self.masks):
-            for name, x in self._inputs(readers, index, leave=self._left):
-                tokens = real_tokens(x, mask)
-                if not tokens.sum(dtype=torch.float32).isfinite():
-                    raise MethodError(
-                        f"The inputs of {name} are not finite on calibration batch {index} ({x.dtype}).",
-                        fix="Load the model in float32, or look at its weights and the data.",
-                    )
-                statistics[name].add(tokens)
-                if not self._left:
-                    self._settled.observed(name, index, x)
+        with held_weights(self.module):
+            for index, mask in enumerate(self.masks):
+                for name, x in self._inputs(readers, index, leave=self._left):
+                    tokens = real_tokens(x, mask)
+                    if not tokens.sum(dtype=torch.float32).isfinite():
+                        raise MethodError(
+                            f"The inputs of {name} are not finite on calibration batch {index} ({x.dtype}).",
+                            fix="Load the model in float32, or look at its weights and the data.",
+                        )
+                    statistics[name].add(tokens)
+                    if not self._left:
+                        self._settled.observed(name, index, x)
 
     def inputs(self, name: str, index: int) -> Tensor:
         """The inputs of one layer on one batch, (tokens, features) without padding."""

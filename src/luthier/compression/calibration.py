@@ -31,7 +31,7 @@ from luthier.compression.linear import QuantizedLinear, quantize_layer, quantize
 from luthier.compression.records import Record
 from luthier.errors import MethodError, ModelError
 from luthier.models import structure
-from luthier.resources import not_needed_now, replaces_weights
+from luthier.resources import kept_heap, not_needed_now, replaces_weights
 from luthier.terminal import progress
 from luthier.tuning.probe import evaluating
 
@@ -71,7 +71,7 @@ def calibrate(
     name, stack = _stack(model)
     store = None if folder is None else _Store(folder, identity)
     records: list[Record] = []
-    with evaluating(model), progress("compress") as bar:
+    with evaluating(model), kept_heap(), progress("compress") as bar:
         hidden, calls, masks = catch(model, stack, batches)
         inside = {p for block in stack for p in block.parameters()}
         not_needed_now(p for p in model.parameters() if p not in inside)  # embeddings, head

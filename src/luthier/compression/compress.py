@@ -16,7 +16,7 @@ from luthier.compression.records import Record
 from luthier.errors import DataError, MethodError
 from luthier.models import structure
 from luthier.models.bits import digest
-from luthier.resources import replaces_weights
+from luthier.resources import replaces_weights, trim_heap
 from luthier.tuning.soft_prompts import learnt_positions
 
 log = logging.getLogger("luthier.compression")
@@ -110,6 +110,7 @@ def _one_pass(
         for block in chain(model):
             with replaces_weights(block.module):
                 records += change(block)
+            trim_heap()
         return records
     batches = _required(wanting, batches)
     identity = "" if folder is None else _identity(model, configs, batches)

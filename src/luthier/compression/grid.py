@@ -94,11 +94,13 @@ class Grid:
     def _codes(self, weight: Tensor) -> Tensor:
         scale, zero = self._steps()
         codes = torch.div(self._grouped(weight).float(), scale).round_()
-        return (codes + zero).clamp_(self.scheme.low, self.scheme.high)
+        if not self.scheme.symmetric:
+            codes.add_(zero)
+        return codes.clamp_(self.scheme.low, self.scheme.high)
 
     def _numbers(self, codes: Tensor) -> Tensor:
         scale, zero = self._steps()
-        return (codes - zero) * scale
+        return codes * scale if self.scheme.symmetric else (codes - zero) * scale
 
     def _steps(self) -> tuple[Tensor, Tensor]:
         """Scale and zero as float32, as they stand for a grouped matrix."""

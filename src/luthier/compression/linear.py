@@ -6,6 +6,8 @@ is an `nn.Linear` for whoever asks (PEFT puts adapters on it), but its `weight` 
 set.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -47,6 +49,7 @@ class QuantizedLinear(nn.Linear):
         transposed: bool = False,
     ):
         nn.Module.__init__(self)
+        self._held: list[Tensor] | None = None  # the weight, once it was asked for, inside `held_weights`
         self.out_features, self.in_features = codes.shape
         self.scheme, self.dtype, self.transposed = grid.scheme, dtype, transposed
         self.register_buffer("codes", codes.contiguous())
@@ -67,7 +70,11 @@ class QuantizedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:
         """The weight (out, in) that the layer stands for, in the model's dtype; made when asked for."""
-        return self.whole_weight().to(self.dtype)
+        if self._held is None:
+            return self.whole_weight().to(self.dtype)
+        if not self._held:
+            self._held.append(self.whole_weight().to(self.dtype))
+        return self._held[0]
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """What the layer makes of its input before the product."""
@@ -134,6 +141,19 @@ def quantize_layer(
     transposed = isinstance(layer, Conv1D)
     made = kind(codes, grid, bias, dtype=weight.dtype, input_scale=input_scale, transposed=transposed, **own)
     return made.train(layer.training)
+
+
+@contextmanager
+def held_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, quantised layers make their weight once: no codes and no scales may change."""
+    layers = quantized_layers(model).values()
+    for layer in layers:
+        layer._held = []
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._held = None
 
 
 def dequantize(model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from luthier.acceleration import native
 from luthier.acceleration.float32 import linear
 from luthier.compression import masks
 from luthier.compression.block import Block
@@ -221,11 +222,15 @@ def output_error(change: Tensor, weight: Tensor, hessian: Tensor | None) -> floa
 
 
 def output_errors(changes: Sequence[Tensor], weight: Tensor, hessian: Tensor | None) -> list[float]:
-    """The same of several changes of one weight."""
+    """The same of several changes of one weight.
+
+    Args:
+        changes: (out, in), or tr(C H C^T) of a change C where it is known.
+    """
     if hessian is None:
         return [weight_error(change, weight) for change in changes]
-    own = _square(weight, hessian).clamp_min(torch.finfo().tiny)
-    return [float(_square(change, hessian) / own) for change in changes]
+    own = max(_square(weight, hessian), torch.finfo().tiny)
+    return [(c if isinstance(c, float) else _square(c, hessian)) / own for c in changes]
 
 
 def weight_error(change: Tensor, weight: Tensor) -> float:
@@ -233,6 +238,10 @@ def weight_error(change: Tensor, weight: Tensor) -> float:
     return float(change.square().sum() / weight.square().sum().clamp_min(torch.finfo().tiny))
 
 
-def _square(weight: Tensor, hessian: Tensor) -> Tensor:
+def _square(weight: Tensor, hessian: Tensor) -> float:
     """tr(W H W^T): the squared output, up to the factor of H. Of a vector as if H were diagonal."""
-    return ((weight * hessian if hessian.dim() == 1 else linear(weight, hessian)) * weight).sum()
+    if hessian.dim() == 1:
+        return float((weight * hessian * weight).sum())
+    if weight.device.type == "cpu" and weight.dtype == hessian.dtype == torch.float32 and native.here():
+        return native.square(weight.contiguous(), hessian.contiguous())
+    return float((linear(weight, hessian) * weight).sum())

@@ -7,8 +7,8 @@ after the other; what a column loses is made up for by the columns that are not 
 
     e_j = (w_j - w'_j) / U_jj,     W_:,k -= e_j U_jk for all k > j,     |W - W'|_H^2 = sum e_j^2
 
-The last is exact, with the damped H. Columns are worked on in blocks, those to the right of a block being
-brought up to date once: this changes speed, not the result.
+The last is exact, with the damped H. Columns are worked on in blocks, which are brought up to date with the
+errors of all columns before when their turn comes: this changes speed, not the result.
 """
 
 import logging
@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from luthier.acceleration import native
+from luthier.acceleration.float32 import linear
 from luthier.compression.grid import Grid
 from luthier.errors import MethodError
 
 log = logging.getLogger("luthier.compression")
 
 MOST_DAMPING = 10.0
-LEAF = 64  # size from which on a triangle is inverted at once
+LEAF = 96  # size up to which a matrix is factored at once
 _FACTORS = WeakIdKeyDictionary()  # of each Hessian that is in use the last factor
 
 
@@ -38,11 +39,13 @@ class Swept:
         weight: W' (rows, columns), float32.
         errors: the e_j, (rows, columns), in the order in which the columns were settled.
         damping: as a share of the mean of the diagonal: more than what was asked where that did not do.
+        square: tr((W - W') H (W - W')^T), H without damping.
     """
 
     weight: Tensor
     errors: Tensor
     damping: float
+    square: float
 
 
 Settle = Callable[[Tensor, int], Tensor]
@@ -69,46 +72,54 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None)
         raise MethodError(
             "The inputs of a layer are not finite on the calibration data.", fix="Use another dtype or data."
         )
-    order = torch.arange(len(hessian), device=hessian.device) if order is None else order
-    # With its columns in the opposite order H has the factor R of H = R R^T, so that U = R^-1.
-    back = order.flip(0)
-    used = damping
-    while True:
-        damped = hessian[back[:, None], back]
-        diagonal = damped.diagonal()
-        diagonal[diagonal == 0] = 1
-        diagonal.add_(used * diagonal.mean())
-        _, failed = torch.linalg.cholesky_ex(damped, out=(damped, order.new_empty((), dtype=torch.int32)))
-        if not failed:
-            damped = damped.flip(0, 1)
-            upper = _inverse(damped)
-            if upper.sum().isfinite():
-                break
-        used = max(10 * used, 1e-4)
-        if used > MOST_DAMPING:
+    damped = hessian.clone() if order is None else hessian.index_select(0, order).index_select(1, order)
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1
+    mean, used = diagonal.mean(), damping
+    diagonal.add_(used * mean)
+    while (upper := _inverse_factor(damped)) is None or not upper.sum().isfinite():
+        more = max(10 * used, 1e-4)
+        if more > MOST_DAMPING:
             raise MethodError("The Hessian of a layer cannot be inverted.", fix="Use more calibration data.")
+        diagonal.add_((more - used) * mean)
+        used = more
     if used > damping:
         log.warning("a Hessian was not positive definite: damping raised from %g to %g", damping, used)
     return upper, used
 
 
-def _inverse(upper: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix, half by half: most of it are products."""
-    size = len(upper)
-    if size <= LEAF:
-        return torch.linalg.solve_triangular(upper, torch.eye(size).to(upper), upper=True)
+def _inverse_factor(hessian: Tensor) -> Tensor | None:
+    """U of H^-1 = U^T U, or None where H is not positive definite.
+
+    H = R R^T with R = U^-1 upper triangular. Half by half, almost all of it are products:
+
+        R_12 = H_12 U_22^T,    R_11 R_11^T = H_11 - R_12 R_12^T,    U_12 = -U_11 R_12 U_22
+    """
+    size = len(hessian)
+    if size <= LEAF:  # with its rows and columns in the opposite order R is the usual, lower factor
+        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+        return None if failed else inverse.flip(0, 1).contiguous()
     half = size // 2
-    first, last = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
-    found = torch.zeros_like(upper)
+    last = _inverse_factor(hessian[half:, half:])
+    if last is None:
+        return None
+    between = linear(hessian[:half, half:], last)
+    first = _inverse_factor(hessian[:half, :half] - linear(between, between))
+    if first is None:
+        return None
+    found = torch.zeros_like(hessian)
     found[:half, :half], found[half:, half:] = first, last
-    found[:half, half:] = -(first @ upper[:half, half:] @ last)
+    torch.neg(linear(linear(first, between.T), last.T), out=found[:half, half:])
     return found
 
 
-def _factor_in_order(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
+def _factor_in_order(hessian: Tensor, order: Tensor | None, damping: float) -> tuple[Tensor, float]:
     """U of H with its columns in an order, and its damping. Layers that share an H share it too."""
     version, known_order, known_damping, found = _FACTORS.get(hessian, (None, None, None, None))
-    if version == hessian._version and known_damping == damping and torch.equal(known_order, order):
+    same = known_order is order is None or (None not in (known_order, order) and torch.equal(known_order, order))
+    if version == hessian._version and known_damping == damping and same:
         return found
     found = inverse_factor(hessian, damping, order)
     _FACTORS[hessian] = (hessian._version, order, damping, found)
@@ -134,45 +145,38 @@ def sweep(
         settle: what a column becomes; default: as it is. It sees zeros where `look` chose them.
         look: is shown the next `look_every` columns before they are settled.
         order: indices of the columns in the order in which they are settled; default: from left to right.
-        block: columns between two updates of all that follow; made a multiple of `look_every`.
+        block: columns that are brought up to date at once where nobody looks at them.
         damping: share of the mean of H's diagonal that is added to the diagonal.
     """
     columns = weight.shape[1]
     order = torch.arange(columns, device=weight.device) if order is None else order
-    w = weight[:, order]
-    w[:, hessian.diagonal()[order] == 0] = 0
     upper, used = _factor_in_order(hessian, order, damping)
-    errors = torch.zeros_like(w)
-    block = -(-block // look_every) * look_every if look is not None else block
-    for start in range(0, columns, block):
-        end = min(start + block, columns)
-        _sweep_block(w, errors, upper, start, end, order, settle, look, look_every)
-        w[:, end:].addmm_(errors[:, start:end], upper[start:end, end:], alpha=-1)
-    found = torch.empty_like(w)
-    found[:, order] = w
-    return Swept(found, errors, used)
-
-
-def _sweep_block(
-    w: Tensor,
-    errors: Tensor,
-    upper: Tensor,
-    start: int,
-    end: int,
-    order: Tensor,
-    settle: Settle | None,
-    look: Look | None,
-    look_every: int,
-) -> None:
-    """Settle columns start to end, w and errors in place."""
-    every = look_every if look is not None else end - start
-    for first in range(start, end, every):
-        last = min(first + every, end)
+    # Columns as rows, (columns, rows): contiguous memory for what is touched each time.
+    before = weight.T.contiguous().index_select(0, order)
+    diagonal = hessian.diagonal()[order]
+    if not diagonal.all():
+        before[diagonal == 0], diagonal[diagonal == 0] = 0, 1
+    w, errors = before.clone(), torch.empty_like(before)
+    catch_up, settle_columns = _catch_up, _column_by_column
+    if _has_kernel(w, settle):
+        catch_up, settle_columns = native.catch_up, _natively
+        block = columns  # the kernel has blocks of its own
+    every = block if look is None else look_every
+    for start in range(0, columns, every):
+        here = start, min(start + every, columns)
+        catch_up(w, errors, upper, here)
         zeros: Tensor | None = None
         if look is not None:
-            zeros = look(w[:, first:last], upper.diagonal()[first:last], order[first:last])
-        settle_here = _natively if _has_kernel(w, settle) else _column_by_column
-        settle_here(w, errors, upper, (first, last, end), order, settle, zeros)
+            zeros = look(w[slice(*here)].T, upper.diagonal()[slice(*here)], order[slice(*here)])
+        settle_columns(w, errors, upper, here, order, settle, None if zeros is None else zeros.T)
+    added = used * diagonal.mean() * _sum_of_squares(before.sub_(w))
+    square = max(0.0, float(_sum_of_squares(errors) - added))
+    found = before.index_copy_(0, order, w)
+    return Swept(found.T.contiguous(), errors.T, used, square)
+
+
+def _sum_of_squares(matrix: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(matrix).square()
 
 
 def _has_kernel(w: Tensor, settle: Settle | None) -> bool:
@@ -184,7 +188,7 @@ def _natively(
     w: Tensor,
     errors: Tensor,
     upper: Tensor,
-    columns: tuple[int, int, int],
+    columns: tuple[int, int],
     order: Tensor,
     settle: Settle | None,
     zeros: Tensor | None,
@@ -194,37 +198,40 @@ def _natively(
         group = order // settle.width if settle.width else torch.zeros_like(order)
         # A matrix with one scale for all has it once: (1, 1).
         scales, zeros_of = (
-            None if part is None else part.expand(-1, len(w)).contiguous()
+            None if part is None else part.expand(-1, w.shape[1]).contiguous()
             for part in (settle.scales, settle.zeros)
         )
         grid = (scales, zeros_of, group, settle.low, settle.high)
     zeros = None if zeros is None else zeros.contiguous()
-    native.sweep(w, errors, upper.contiguous(), columns, grid=grid, zeros=zeros)
+    native.settle(w, errors, upper, columns, grid=grid, zeros=zeros)
+
+
+def _catch_up(w: Tensor, errors: Tensor, upper: Tensor, columns: tuple[int, int]) -> None:
+    """Take from some columns what the errors of all before ask of them; w, errors (columns, rows)."""
+    start, stop = columns
+    w[start:stop].addmm_(upper[:start, start:stop].T, errors[:start], alpha=-1)
 
 
 def _column_by_column(
     w: Tensor,
     errors: Tensor,
     upper: Tensor,
-    columns: tuple[int, int, int],
+    columns: tuple[int, int],
     order: Tensor,
     settle: Settle | None,
     zeros: Tensor | None,
 ) -> None:
-    start, stop, end = columns
-    # Columns as rows: contiguous memory for what is touched each time, (end - start, rows).
-    part, factor = w[:, start:end].T.contiguous(), upper[start:end, start:end]
-    lost = torch.empty_like(part[: stop - start])
-    mask = None if zeros is None else zeros.T
+    """Settle some columns that are up to date; zeros (columns, rows)."""
+    start, stop = columns
+    part, lost, factor = w[start:stop], errors[start:stop], upper[start:stop, start:stop]
     indices, divisors = order[start:stop].tolist(), factor.diagonal().tolist()
-    for j, (index, column, loss) in enumerate(zip(indices, part.unbind(), lost.unbind(), strict=False)):
-        new = column if mask is None else column.masked_fill(mask[j], 0)
+    for j, (index, column, loss) in enumerate(zip(indices, part.unbind(), lost.unbind(), strict=True)):
+        new = column if zeros is None else column.masked_fill(zeros[j], 0)
         if settle is not None:
             new = settle(new, index)
         torch.sub(column, new, out=loss).div_(divisors[j])
         part[j + 1 :].addr_(factor[j, j + 1 :], loss, alpha=-1)
         column.copy_(new)
-    w[:, start:end], errors[:, start:stop] = part.T, lost.T
 
 
 class Rounding:

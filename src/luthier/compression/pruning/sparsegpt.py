@@ -48,6 +48,6 @@ class Config(Pruner, LayerByLayer):
         swept = sweep(weight, hessian, look=choose, look_every=every, damping=self.damping)
         plain = weight.masked_fill(swept.weight == 0, 0)
         set_matrix(layer, swept.weight)
-        before, after = output_errors([plain - weight, swept.weight - weight], weight, hessian)
+        before, after = output_errors([plain - weight, swept.square], weight, hessian)
         note = "" if swept.damping == self.damping else f"damping raised to {swept.damping:g}"
         return Record(name, before, after, sparsity=masks.share_of_zeros(swept.weight), note=note)

@@ -49,8 +49,7 @@ class Config(Quantizer, LayerByLayer):
         weight = matrix(layer)
         nearest = self.fit(layer, weight)
         grid, swept = self.settle(layer, weight, nearest, hessian)
-        changes = nearest.round(weight) - weight, swept.weight - weight
-        before, after = output_errors(changes, weight, hessian)
+        before, after = output_errors([nearest.round(weight) - weight, swept.square], weight, hessian)
         self.put(block, name, layer, grid.quantize(swept.weight), grid)
         note = "" if swept.damping == self.damping else f"damping raised to {swept.damping:g}"
         return Record(name, before, after, bits=self.bits, note=note)
@@ -61,12 +60,9 @@ class Config(Quantizer, LayerByLayer):
         options: dict[str, Any] = {"damping": self.damping, "block": self.block_size}
         if self.act_order or not self.group_size:
             order = hessian.diagonal().argsort(descending=True, stable=True) if self.act_order else None
-
-            def keep(_: Tensor, __: Tensor, indices: Tensor) -> Tensor | None:
-                return None if zeros is None else zeros[:, indices]
-
+            look = None if zeros is None else lambda _, __, indices: zeros[:, indices]
             return nearest, sweep(
-                weight, hessian, settle=Rounding(nearest), look=keep, order=order, **options
+                weight, hessian, settle=Rounding(nearest), look=look, order=order, **options
             )
         return self._with_moving_grids(layer, weight, hessian, zeros, options)
 

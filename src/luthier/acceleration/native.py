@@ -38,10 +38,11 @@ ARGUMENTS = {
     "luthier_gram": [_pointer, _int, *[_pointer] * 2, *[_long] * 2, _int],
     "luthier_square": [*[_pointer] * 2, *[_long] * 2, _int],
     "luthier_rms_norm": [*[_pointer] * 3, _float, *[_long] * 2, _int],
-    "luthier_catch_up": [*[_pointer] * 3, *[_long] * 4, _int],
-    "luthier_settle": [*[_pointer] * 6, _float, _float, _pointer, *[_long] * 4, _int],
+    "luthier_catch_up": [*[_pointer] * 3, *[_long] * 5, _int],
+    "luthier_settle": [*[_pointer] * 8, _float, _float, _pointer, *[_long] * 4, _int],
+    "luthier_factor": [*[_pointer] * 3, _long, _int],
 }
-RESULTS = {"luthier_square": ctypes.c_double}
+RESULTS = {"luthier_square": ctypes.c_double, "luthier_settle": ctypes.c_double, "luthier_factor": _int}
 
 
 def library() -> ctypes.CDLL:
@@ -133,10 +134,24 @@ def square(x: Tensor, hessian: Tensor) -> float:
     return found
 
 
-def catch_up(w: Tensor, errors: Tensor, upper: Tensor, columns: tuple[int, int]) -> None:
-    """Take from some columns of w, in place, what the errors of all before ask of them; see `settle`."""
+def factor(hessian: Tensor) -> tuple[Tensor, Tensor] | None:
+    """V (n, n), upper triangular with 1 on the diagonal, and r (n,) of H = V diag(r^2) V^T, or None where H
+    (n, n), float32, contiguous and symmetric, is not positive definite."""
+    unit, roots = torch.zeros_like(hessian), hessian.new_empty(len(hessian))
+    positive = library().luthier_factor(
+        *(part.data_ptr() for part in (hessian, unit, roots)), len(hessian), torch.get_num_threads()
+    )
+    return (unit, roots) if positive else None
+
+
+def catch_up(w: Tensor, changes: Tensor, unit: Tensor, columns: tuple[int, int, int]) -> None:
+    """Add to some columns of w, in place, what the changes of others ask of them; see `settle`.
+
+    Args:
+        columns: first of the others, first that is brought up to date, first that is not.
+    """
     library().luthier_catch_up(
-        *(part.data_ptr() for part in (w, errors, upper)),
+        *(part.data_ptr() for part in (w, changes, unit)),
         w.shape[1],
         *(len(w), *columns),
         torch.get_num_threads(),
@@ -145,32 +160,40 @@ def catch_up(w: Tensor, errors: Tensor, upper: Tensor, columns: tuple[int, int])
 
 def settle(
     w: Tensor,
-    errors: Tensor,
-    upper: Tensor,
+    before: Tensor,
+    changes: Tensor,
+    unit: Tensor,
+    roots: Tensor,
     columns: tuple[int, int],
     *,
     grid: tuple[Tensor, Tensor | None, Tensor, float, float] | None = None,
     zeros: Tensor | None = None,
-) -> None:
+) -> float:
     """Settle some columns of w as `luthier.compression.sweep` says, in place; all float32 and contiguous.
 
     Args:
-        w, errors: (columns, rows).
-        upper: (columns, columns).
+        w, before, changes: (columns, rows).
+        unit: V (columns, columns).
+        roots: (columns,).
         columns: first that is settled, first that is not.
         grid: scale and zero (groups, rows), the group of each column (int64), least and greatest code;
             without it columns stay as they are, but for zeros.
         zeros: what becomes zero, bool (columns that are settled, rows).
+
+    Returns:
+        The sum of the squared errors.
     """
     scale, zero, group, low, high = grid or (None, None, None, 0.0, 0.0)
-    library().luthier_settle(
-        *(None if part is None else part.data_ptr() for part in (w, errors, upper, scale, zero, group)),
+    parts = (w, before, changes, unit, roots, scale, zero, group)
+    found: float = library().luthier_settle(
+        *(None if part is None else part.data_ptr() for part in parts),
         *(low, high),
         None if zeros is None else zeros.data_ptr(),
         w.shape[1],
         *(len(w), *columns),
         torch.get_num_threads(),
     )
+    return found
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 // The column sweep of GPTQ and SparseGPT on a CPU with AVX-512, compiled and called by `native.py`.
 //
 // Matrices lie column after column, (columns, rows): rows do not know of each other, and 48 of them, three
-// registers, go through all columns alone. Of a few columns first what earlier errors ask of them is subtracted,
+// registers, go through all columns alone. To a few columns first what earlier changes ask of them is added,
 // eight columns at a time, whose 24 sums stay in registers; then they are settled one after the other.
 
 #include <immintrin.h>
@@ -61,7 +61,7 @@ struct Grid {
     }
 };
 
-// The part of U, (columns, columns), right of row `first` and within columns `start` to `stop`, as it is read:
+// The part of V, (columns, columns), from row `first` on and within columns `start` to `stop`, as it is read:
 // eight columns side by side, row after row. Filled by all threads together.
 struct Panels {
     const int64_t first, start, stop, columns, length;
@@ -71,13 +71,13 @@ struct Panels {
         : first(first), start(start), stop(stop), columns(columns), length((stop - first) * PANEL),
           packed(new float[(stop - start + PANEL - 1) / PANEL * length]) {}
 
-    void fill(const float* upper) {
+    void fill(const float* unit) {
 #pragma omp for schedule(dynamic)
         for (int64_t k = start; k < stop; k += PANEL) {
             const int64_t count = std::min(PANEL, stop - k);
             float* to = of(k);
             for (int64_t j = first; j < k; j++, to += PANEL) {
-                for (int64_t i = 0; i < count; i++) to[i] = upper[j * columns + k + i];
+                for (int64_t i = 0; i < count; i++) to[i] = unit[j * columns + k + i];
                 for (int64_t i = count; i < PANEL; i++) to[i] = 0;
             }
         }
@@ -85,19 +85,19 @@ struct Panels {
     float* of(int64_t column) const { return &packed[(column - start) / PANEL * length]; }
 };
 
-// Takes from 8 columns of a strip what `count` errors, each (48), ask of them.
-void catch_up(float* columns, const float* errors, const float* panel, int64_t count) {
+// Adds to 8 columns of a strip what `count` changes, each (48), ask of them.
+void catch_up(float* columns, const float* changes, const float* panel, int64_t count) {
     __m512 sum[PANEL][VECTORS];
     for (int i = 0; i < PANEL * VECTORS; i++) (&sum[0][0])[i] = _mm512_load_ps(columns + i * LANES);
-    for (int64_t j = 0; j < count; j++, errors += STRIP, panel += PANEL) {
-        __m512 error[VECTORS];
+    for (int64_t j = 0; j < count; j++, changes += STRIP, panel += PANEL) {
+        __m512 change[VECTORS];
 #pragma GCC unroll 3
-        for (int v = 0; v < VECTORS; v++) error[v] = _mm512_load_ps(errors + v * LANES);
+        for (int v = 0; v < VECTORS; v++) change[v] = _mm512_load_ps(changes + v * LANES);
 #pragma GCC unroll 8
         for (int i = 0; i < PANEL; i++) {
             const __m512 factor = _mm512_set1_ps(panel[i]);
 #pragma GCC unroll 3
-            for (int v = 0; v < VECTORS; v++) sum[i][v] = _mm512_fnmadd_ps(factor, error[v], sum[i][v]);
+            for (int v = 0; v < VECTORS; v++) sum[i][v] = _mm512_fmadd_ps(factor, change[v], sum[i][v]);
         }
     }
     for (int i = 0; i < PANEL * VECTORS; i++) _mm512_store_ps(columns + i * LANES, (&sum[0][0])[i]);
@@ -116,77 +116,84 @@ Buffer buffer(int64_t columns) {
 
 extern "C" {
 
-// Brings columns `start` to `stop` of w up to date with the errors of those before. w, errors (columns, rows),
-// upper (columns, columns).
-void luthier_catch_up(float* w, const float* errors, const float* upper, int64_t rows, int64_t columns,
-                      int64_t start, int64_t stop, int threads) {
-    Panels panels(0, start, stop, columns);
+// Brings columns `start` to `stop` of w up to date with what was changed in those from `first` on, up to them.
+// w, changes (columns, rows); unit (columns, columns).
+void luthier_catch_up(float* w, const float* changes, const float* unit, int64_t rows, int64_t columns,
+                      int64_t first, int64_t start, int64_t stop, int threads) {
+    Panels panels(first, start, stop, columns);
 #pragma omp parallel num_threads(threads)
     {
-        panels.fill(upper);
-        const Buffer known = buffer(start), some = buffer(PANEL);
+        panels.fill(unit);
+        const Buffer known = buffer(start - first), some = buffer(PANEL);
 #pragma omp for schedule(dynamic)
         for (int64_t row = 0; row < rows; row += STRIP) {
             const Strip strip(row, rows);
-            for (int64_t j = 0; j < start; j++) strip.load(errors, j, &known[j * STRIP]);
+            for (int64_t j = first; j < start; j++) strip.load(changes, j, &known[(j - first) * STRIP]);
             for (int64_t k = start; k < stop; k += PANEL) {
                 const int64_t count = std::min(PANEL, stop - k);
                 for (int64_t i = 0; i < count; i++) strip.load(w, k + i, &some[i * STRIP]);
-                catch_up(some.get(), known.get(), panels.of(k), start);
+                catch_up(some.get(), known.get(), panels.of(k), start - first);
                 for (int64_t i = 0; i < count; i++) strip.store(&some[i * STRIP], w, k + i);
             }
         }
     }
 }
 
-// Settles columns `start` to `stop`, which are up to date with the errors of those before.
-// zeros (stop - start, rows), or null, says what becomes zero.
-void luthier_settle(float* w, float* errors, const float* upper, const float* scale, const float* zero,
-                    const int64_t* group, float low, float high, const uint8_t* zeros, int64_t rows,
-                    int64_t columns, int64_t start, int64_t stop, int threads) {
+// Settles columns `start` to `stop` of w, which are up to date with what was changed before. Returns what that
+// costs: the sum of (roots (w - w'))^2. before, the columns as they first were, changes and w are
+// (columns, rows); zeros (stop - start, rows), or null, says what becomes zero.
+double luthier_settle(float* w, const float* before, float* changes, const float* unit, const float* roots,
+                      const float* scale, const float* zero, const int64_t* group, float low, float high,
+                      const uint8_t* zeros, int64_t rows, int64_t columns, int64_t start, int64_t stop,
+                      int threads) {
     const Grid grid = {scale, zero, group, low, high};
     Panels panels(start, start, stop, columns);
-#pragma omp parallel num_threads(threads)
+    double cost = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : cost)
     {
-        panels.fill(upper);
+        panels.fill(unit);
         const Buffer known = buffer(stop - start), close = buffer(CLOSE);
 #pragma omp for schedule(dynamic)
         for (int64_t row = 0; row < rows; row += STRIP) {
             const Strip strip(row, rows);
             for (int64_t first = start; first < stop; first += CLOSE) {
                 const int64_t last = std::min(first + CLOSE, stop);
+                __m512 squares = _mm512_setzero_ps();
                 for (int64_t k = first; k < last; k++) strip.load(w, k, &close[(k - first) * STRIP]);
                 for (int64_t k = first; k < last && first > start; k += PANEL)
                     catch_up(&close[(k - first) * STRIP], known.get(), panels.of(k), first - start);
                 for (int64_t j = first; j < last; j++) {
-                    float *column = &close[(j - first) * STRIP], *error = &known[(j - start) * STRIP];
-                    const float* factor = upper + j * columns;
+                    float *column = &close[(j - first) * STRIP], *change = &known[(j - start) * STRIP];
                     for (int64_t v = 0; v < VECTORS; v++) {
-                        const __m512 before = _mm512_load_ps(column + v * LANES);
+                        const __m512 now = _mm512_load_ps(column + v * LANES);
                         __mmask16 kept = strip.lanes[v];
                         if (zeros) {
                             const uint8_t* here = strip.at(zeros, j - start, v);
                             kept &= ~_mm512_cmpneq_epi32_mask(
                                 _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(kept, here)), _mm512_setzero_si512());
                         }
-                        const __m512 after = grid.nearest(_mm512_maskz_mov_ps(kept, before), j, strip, v);
-                        const __m512 lost =
-                            _mm512_div_ps(_mm512_sub_ps(before, after), _mm512_set1_ps(factor[j]));
+                        const __m512 after = grid.nearest(_mm512_maskz_mov_ps(kept, now), j, strip, v);
+                        const __m512 lost = _mm512_mul_ps(_mm512_sub_ps(now, after), _mm512_set1_ps(roots[j]));
+                        const __m512 first_value = _mm512_maskz_loadu_ps(strip.lanes[v], strip.at(before, j, v));
+                        squares = _mm512_fmadd_ps(lost, lost, squares);
                         _mm512_store_ps(column + v * LANES, after);
-                        _mm512_store_ps(error + v * LANES, lost);
+                        _mm512_store_ps(change + v * LANES, _mm512_sub_ps(first_value, after));
                     }
+                    const float* factor = unit + j * columns;
                     for (int64_t k = j + 1; k < last; k++) {
                         float* later = &close[(k - first) * STRIP];
                         const __m512 share = _mm512_set1_ps(factor[k]);
                         for (int64_t v = 0; v < VECTORS * LANES; v += LANES)
-                            _mm512_store_ps(later + v, _mm512_fnmadd_ps(share, _mm512_load_ps(error + v),
-                                                                        _mm512_load_ps(later + v)));
+                            _mm512_store_ps(later + v, _mm512_fmadd_ps(share, _mm512_load_ps(change + v),
+                                                                       _mm512_load_ps(later + v)));
                     }
                     strip.store(column, w, j);
-                    strip.store(error, errors, j);
+                    strip.store(change, changes, j);
                 }
+                cost += _mm512_reduce_add_ps(squares);
             }
         }
     }
+    return cost;
 }
 }

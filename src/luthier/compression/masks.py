@@ -7,6 +7,7 @@ write it. (Hardware texts count what is kept; the two agree for 2:4 and 4:8.)
 import re
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -38,18 +39,29 @@ def lowest(scores: Tensor, sparsity: float, scope: str = "layer") -> Tensor:
         scores: (rows, columns).
         scope: among what is compared: the whole "layer", or each "row".
     """
-    flat = scores.reshape(1, -1) if scope == "layer" else scores
-    count = int(sparsity * flat.shape[1] + 1e-9)
+    whole = scope == "layer"
+    among = scores.numel() if whole else scores.shape[1]
+    count = int(sparsity * among + 1e-9)
     if not count:
         return torch.zeros_like(scores, dtype=torch.bool)
-    # Selecting is several times faster than sorting.
-    limit = flat.kthvalue(count, dim=1, keepdim=True).values
-    mask = flat <= limit
-    if int(mask.sum()) > count * len(flat):  # several are equal to the limit
-        mask = flat < limit
-        equal = flat == limit
+    # For the limit alone the numbers may come in any order: as they lie.
+    compared = (scores if scores.is_contiguous() else scores.T).reshape(1, -1) if whole else scores
+    limit = _smallest(compared, count)
+    mask = scores <= limit
+    if int(mask.count_nonzero()) > count * len(compared):  # several are equal to the limit
+        flat = scores.reshape(1, -1) if whole else scores
+        mask, equal = flat < limit, flat == limit
         mask |= equal & (equal.cumsum(1) <= count - mask.sum(1, keepdim=True))
     return mask.reshape(scores.shape)
+
+
+def _smallest(values: Tensor, count: int) -> Tensor:
+    """The `count`-th smallest of each row, (rows, 1): selected, which is several times faster than sorting."""
+    if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
+        return values.kthvalue(count, dim=1, keepdim=True).values
+    # numpy's selection is ten times as fast as torch's.
+    found = np.partition(values.detach().numpy(), count - 1, axis=1)[:, count - 1 : count]
+    return torch.from_numpy(found.copy())
 
 
 def in_groups(scores: Tensor, zeros: int, group: int) -> Tensor:

@@ -3,12 +3,15 @@
 A weight matrix W (rows, columns) is to be moved to W' whose entries are on a grid, or zero, such that the
 output on the calibration inputs changes least: min tr((W - W') H (W - W')^T). The columns are settled one
 after the other; what a column loses is made up for by the columns that are not settled yet (Frantar et al.,
-2022, arXiv 2210.17323; Frantar and Alistarh, 2023, arXiv 2301.00774). With H^-1 = U^T U, U upper triangular,
+2022, arXiv 2210.17323; Frantar and Alistarh, 2023, arXiv 2301.00774).
 
-    e_j = (w_j - w'_j) / U_jj,     W_:,k -= e_j U_jk for all k > j,     |W - W'|_H^2 = sum e_j^2
+The papers do so with the factor of H^-1 = U^T U. We need no inverse: with H = V diag(r^2) V^T, V upper
+triangular and 1 on its diagonal, U_jj = 1 / r_j, and when all columns before j are settled
 
-The last is exact, with the damped H. Columns are worked on in blocks, which are brought up to date with the
-errors of all columns before when their turn comes: this changes speed, not the result.
+    w_j = W_j + sum_k<j d_k V_kj,     e_j = r_j (w_j - w'_j),     tr(D H D^T) = sum |e_j|^2
+
+where D = W - W'. The last is exact, with the damped H. Columns are worked on in blocks, which are brought up
+to date with all columns before when their turn comes: this changes speed, not the result.
 """
 
 import logging
@@ -20,15 +23,13 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from luthier.acceleration import native
-from luthier.acceleration.float32 import linear
 from luthier.compression.grid import Grid
 from luthier.errors import MethodError
 
 log = logging.getLogger("luthier.compression")
 
 MOST_DAMPING = 10.0
-LEAF = 96  # size up to which a matrix is factored at once
-_FACTORS = WeakIdKeyDictionary()  # of each Hessian that is in use the last factor
+_FACTORS = WeakIdKeyDictionary()  # of each Hessian that is in use the last `Factor`
 
 
 @dataclass
@@ -37,13 +38,11 @@ class Swept:
 
     Attributes:
         weight: W' (rows, columns), float32.
-        errors: the e_j, (rows, columns), in the order in which the columns were settled.
         damping: as a share of the mean of the diagonal: more than what was asked where that did not do.
         square: tr((W - W') H (W - W')^T), H without damping.
     """
 
     weight: Tensor
-    errors: Tensor
     damping: float
     square: float
 
@@ -56,28 +55,48 @@ Look = Callable[[Tensor, Tensor, Tensor], Tensor | None]
 the mask of entries (rows, n) that become zero, or None where none does."""
 
 
-def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:
-    """U of H^-1 = U^T U with `damping` of the mean diagonal added, and the damping that was needed.
+@dataclass
+class Factor:
+    """H = V diag(r^2) V^T of a damped Hessian, its columns in the order in which they are settled.
+
+    Attributes:
+        order: indices of the columns in W and H.
+        unit: V (columns, columns), upper triangular, 1 on the diagonal.
+        roots: r (columns,).
+        damping: as a share of the mean of the diagonal.
+        added: what was added to the diagonal.
+    """
+
+    order: Tensor
+    unit: Tensor
+    roots: Tensor
+    damping: float
+    added: float
+
+
+def factor(hessian: Tensor, damping: float, order: Tensor | None = None) -> Factor:
+    """The factor of H with `damping` of the mean diagonal added.
 
     Where H is not positive definite even so, the damping is raised tenfold until it is, and this is said.
 
     Args:
-        order: indices of the columns in their order in U; default: that of H. An input that is always zero
-            counts as if it had 1 on the diagonal.
+        order: indices of the columns in the order in which they are settled; default: from left to right. An
+            input that is always zero counts as if it had 1 on the diagonal.
 
     Raises:
-        MethodError: no damping helps: the inputs are not finite.
+        MethodError: no damping helps, or the inputs are not finite.
     """
     if not hessian.sum().isfinite():  # of any entry, without a copy
         raise MethodError(
             "The inputs of a layer are not finite on the calibration data.", fix="Use another dtype or data."
         )
-    damped = hessian.clone() if order is None else hessian.index_select(0, order).index_select(1, order)
+    order = torch.arange(len(hessian), device=hessian.device) if order is None else order
+    damped = hessian.index_select(0, order).index_select(1, order)
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1
-    mean, used = diagonal.mean(), damping
+    mean, used = float(diagonal.mean()), damping
     diagonal.add_(used * mean)
-    while (upper := _inverse_factor(damped)) is None or not upper.sum().isfinite():
+    while (found := _factor(damped)) is None:
         more = max(10 * used, 1e-4)
         if more > MOST_DAMPING:
             raise MethodError("The Hessian of a layer cannot be inverted.", fix="Use more calibration data.")
@@ -85,44 +104,28 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None)
         used = more
     if used > damping:
         log.warning("a Hessian was not positive definite: damping raised from %g to %g", damping, used)
-    return upper, used
+    return Factor(order, *found, used, used * mean)
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor | None:
-    """U of H^-1 = U^T U, or None where H is not positive definite.
-
-    H = R R^T with R = U^-1 upper triangular. Half by half, almost all of it are products:
-
-        R_12 = H_12 U_22^T,    R_11 R_11^T = H_11 - R_12 R_12^T,    U_12 = -U_11 R_12 U_22
-    """
-    size = len(hessian)
-    if size <= LEAF:  # with its rows and columns in the opposite order R is the usual, lower factor
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-        return None if failed else inverse.flip(0, 1).contiguous()
-    half = size // 2
-    last = _inverse_factor(hessian[half:, half:])
-    if last is None:
-        return None
-    between = linear(hessian[:half, half:], last)
-    first = _inverse_factor(hessian[:half, :half] - linear(between, between))
-    if first is None:
-        return None
-    found = torch.zeros_like(hessian)
-    found[:half, :half], found[half:, half:] = first, last
-    torch.neg(linear(linear(first, between.T), last.T), out=found[:half, half:])
-    return found
+def _factor(hessian: Tensor) -> tuple[Tensor, Tensor] | None:
+    """V and r, or None where H is not positive definite."""
+    if hessian.dtype == torch.float32 and hessian.device.type == "cpu" and native.here():
+        return native.factor(hessian)
+    # With its rows and columns in the opposite order V diag(r) is the usual, lower factor.
+    lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    upper = lower.flip(0, 1)
+    roots = upper.diagonal().clone()
+    return None if failed or not roots.isfinite().all() else (upper / roots, roots)
 
 
-def _factor_in_order(hessian: Tensor, order: Tensor | None, damping: float) -> tuple[Tensor, float]:
-    """U of H with its columns in an order, and its damping. Layers that share an H share it too."""
-    version, known_order, known_damping, found = _FACTORS.get(hessian, (None, None, None, None))
-    same = known_order is order is None or (None not in (known_order, order) and torch.equal(known_order, order))
-    if version == hessian._version and known_damping == damping and same:
+def _known_factor(hessian: Tensor, order: Tensor | None, damping: float) -> Factor:
+    """The factor; layers that share an H share it too."""
+    version, asked, found = _FACTORS.get(hessian, (None, None, None))
+    order = torch.arange(len(hessian), device=hessian.device) if order is None else order
+    if version == hessian._version and asked == damping and torch.equal(found.order, order):
         return found
-    found = inverse_factor(hessian, damping, order)
-    _FACTORS[hessian] = (hessian._version, order, damping, found)
+    found = factor(hessian, damping, order)
+    _FACTORS[hessian] = (hessian._version, damping, found)
     return found
 
 
@@ -145,38 +148,57 @@ def sweep(
         settle: what a column becomes; default: as it is. It sees zeros where `look` chose them.
         look: is shown the next `look_every` columns before they are settled.
         order: indices of the columns in the order in which they are settled; default: from left to right.
-        block: columns that are brought up to date at once where nobody looks at them.
+        block: columns that are brought up to date at once; made a multiple of `look_every`.
         damping: share of the mean of H's diagonal that is added to the diagonal.
     """
-    columns = weight.shape[1]
-    order = torch.arange(columns, device=weight.device) if order is None else order
-    upper, used = _factor_in_order(hessian, order, damping)
+    factor = _known_factor(hessian, order, damping)
     # Columns as rows, (columns, rows): contiguous memory for what is touched each time.
-    before = weight.T.contiguous().index_select(0, order)
-    diagonal = hessian.diagonal()[order]
-    if not diagonal.all():
-        before[diagonal == 0], diagonal[diagonal == 0] = 0, 1
-    w, errors = before.clone(), torch.empty_like(before)
+    before = weight.T.contiguous().index_select(0, factor.order)
+    dead = hessian.diagonal()[factor.order] == 0
+    if dead.any():
+        before[dead] = 0
+    w, changes, square = before.clone(), torch.empty_like(before), 0.0
+    columns = len(w)
     catch_up, settle_columns = _catch_up, _column_by_column
     if _has_kernel(w, settle):
         catch_up, settle_columns = native.catch_up, _natively
-        block = columns  # the kernel has blocks of its own
+        block = columns if look is None else block  # the kernel has blocks of its own
     every = block if look is None else look_every
-    for start in range(0, columns, every):
-        here = start, min(start + every, columns)
-        catch_up(w, errors, upper, here)
-        zeros: Tensor | None = None
-        if look is not None:
-            zeros = look(w[slice(*here)].T, upper.diagonal()[slice(*here)], order[slice(*here)])
-        settle_columns(w, errors, upper, here, order, settle, None if zeros is None else zeros.T)
-    added = used * diagonal.mean() * _sum_of_squares(before.sub_(w))
-    square = max(0.0, float(_sum_of_squares(errors) - added))
-    found = before.index_copy_(0, order, w)
-    return Swept(found.T.contiguous(), errors.T, used, square)
+    block = -(-block // every) * every
+    for first in range(0, columns, block):
+        end = min(first + block, columns)
+        if first:
+            catch_up(w, changes, factor.unit, (0, first, end))
+        for start in range(first, end, every):
+            here = start, min(start + every, end)
+            if start > first:
+                catch_up(w, changes, factor.unit, (first, *here))
+            zeros = None if look is None else _seen(look, w, before, changes, factor, here, settle_columns)
+            square += settle_columns(w, before, changes, factor, here, settle, zeros)
+    square -= factor.added * float(torch.linalg.vector_norm(changes)) ** 2
+    found = before.index_copy_(0, factor.order, w)
+    return Swept(found.T.contiguous(), factor.damping, max(0.0, square))
 
 
-def _sum_of_squares(matrix: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(matrix).square()
+def _seen(
+    look: Look,
+    w: Tensor,
+    before: Tensor,
+    changes: Tensor,
+    factor: Factor,
+    columns: tuple[int, int],
+    settle_columns: Callable[..., float],
+) -> Tensor | None:
+    """What becomes zero (columns, rows), by someone who looks at columns that are up to date.
+
+    He sees each as it would be if none of those beside it changed any more.
+    """
+    part = slice(*columns)
+    kept = w[part].clone()
+    settle_columns(w, before, changes, factor, columns, None, None)
+    zeros = look(w[part].T, 1 / factor.roots[part], factor.order[part])
+    w[part] = kept
+    return None if zeros is None else zeros.T
 
 
 def _has_kernel(w: Tensor, settle: Settle | None) -> bool:
@@ -186,16 +208,16 @@ def _has_kernel(w: Tensor, settle: Settle | None) -> bool:
 
 def _natively(
     w: Tensor,
-    errors: Tensor,
-    upper: Tensor,
+    before: Tensor,
+    changes: Tensor,
+    factor: Factor,
     columns: tuple[int, int],
-    order: Tensor,
     settle: Settle | None,
     zeros: Tensor | None,
-) -> None:
+) -> float:
     grid = None
     if isinstance(settle, Rounding):
-        group = order // settle.width if settle.width else torch.zeros_like(order)
+        group = factor.order // settle.width if settle.width else torch.zeros_like(factor.order)
         # A matrix with one scale for all has it once: (1, 1).
         scales, zeros_of = (
             None if part is None else part.expand(-1, w.shape[1]).contiguous()
@@ -203,35 +225,37 @@ def _natively(
         )
         grid = (scales, zeros_of, group, settle.low, settle.high)
     zeros = None if zeros is None else zeros.contiguous()
-    native.settle(w, errors, upper, columns, grid=grid, zeros=zeros)
+    return native.settle(w, before, changes, factor.unit, factor.roots, columns, grid=grid, zeros=zeros)
 
 
-def _catch_up(w: Tensor, errors: Tensor, upper: Tensor, columns: tuple[int, int]) -> None:
-    """Take from some columns what the errors of all before ask of them; w, errors (columns, rows)."""
-    start, stop = columns
-    w[start:stop].addmm_(upper[:start, start:stop].T, errors[:start], alpha=-1)
+def _catch_up(w: Tensor, changes: Tensor, unit: Tensor, columns: tuple[int, int, int]) -> None:
+    """Add to some columns what the changes of others ask of them; w, changes (columns, rows)."""
+    first, start, stop = columns
+    w[start:stop].addmm_(unit[first:start, start:stop].T, changes[first:start])
 
 
 def _column_by_column(
     w: Tensor,
-    errors: Tensor,
-    upper: Tensor,
+    before: Tensor,
+    changes: Tensor,
+    factor: Factor,
     columns: tuple[int, int],
-    order: Tensor,
     settle: Settle | None,
     zeros: Tensor | None,
-) -> None:
-    """Settle some columns that are up to date; zeros (columns, rows)."""
-    start, stop = columns
-    part, lost, factor = w[start:stop], errors[start:stop], upper[start:stop, start:stop]
-    indices, divisors = order[start:stop].tolist(), factor.diagonal().tolist()
-    for j, (index, column, loss) in enumerate(zip(indices, part.unbind(), lost.unbind(), strict=True)):
-        new = column if zeros is None else column.masked_fill(zeros[j], 0)
+) -> float:
+    """Settle some columns that are up to date; all (columns, rows). Returns the sum of the squared errors."""
+    part = slice(*columns)
+    now, unit = w[part], factor.unit[part, part]
+    lost = torch.empty_like(now)
+    for j, index in enumerate(factor.order[part].tolist()):
+        new = now[j] if zeros is None else now[j].masked_fill(zeros[j], 0)
         if settle is not None:
             new = settle(new, index)
-        torch.sub(column, new, out=loss).div_(divisors[j])
-        part[j + 1 :].addr_(factor[j, j + 1 :], loss, alpha=-1)
-        column.copy_(new)
+        torch.sub(now[j], new, out=lost[j])
+        torch.sub(before[part][j], new, out=changes[part][j])
+        now[j + 1 :].addr_(unit[j, j + 1 :], changes[part][j])
+        now[j].copy_(new)
+    return float((lost.square().sum(1) * factor.roots[part].square()).sum())
 
 
 class Rounding:

@@ -99,10 +99,12 @@ def test_gptq_is_that_of_whole_runs_before_each_layer(family, cap):
     assert {r.name for r in records} == set(quantized_layers(slow)) == set(quantized_layers(fast))
     for name, weight in weights(slow).items():
         off = (weights(fast)[name] - weight).abs() > 1e-5
-        # Sums in another order may put a weight that lies between two points on the other, and what follows
-        # in its row makes up for that; inputs of another kind would change most weights.
-        assert off.float().mean() < 0.15, name
-    assert torch.allclose(logits(fast), logits(slow), atol=0.1 * float(logits(slow).std()))
+        # Sums in another order may put a weight that lies between two points on the other.
+        assert off.float().mean() < 0.01, name
+        if off.any():  # all layers after it have other inputs
+            break
+    else:
+        assert torch.allclose(logits(fast), logits(slow), atol=0.1 * float(logits(slow).std()))
 
 
 @pytest.mark.parametrize("family", small.MODELS)

@@ -50,10 +50,10 @@ KINDS: dict[str, Any] = {
 def block_of(model: nn.Module, index: int = 0, *, exclude: Sequence[str] = (), batches: Any = None) -> Block:
     """A block as the calibration pass hands it to a method; all layers are chosen but those of `exclude`."""
     name, stack = structure.stacks(model)[0]
-    hidden, calls, masks = catch(model, stack, batches or small.batches(length=20))
+    hidden, calls, masks, starts = catch(model, stack, batches or small.batches(length=20))
     for earlier in range(index):
         Block(model, f"{name}.{earlier}", earlier, hidden, calls[earlier], masks).leave()
-    block = Block(model, f"{name}.{index}", index, hidden, calls[index], masks)
+    block = Block(model, f"{name}.{index}", index, hidden, calls[index], masks, start=starts[index])
     block.choose(choose_layers(model, [], list(exclude)))
     return block
 

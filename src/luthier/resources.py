@@ -9,6 +9,7 @@ import errno
 import mmap
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+_OF_FILE = re.compile(r"^(\w+)-(\w+) \S+ \S+ \S+ [1-9]", re.MULTILINE)  # the last is the inode
 _MADV_PAGEOUT = 21
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MOST_MMAP_THRESHOLD = 32 << 20  # that glibc takes
@@ -109,9 +111,8 @@ def _drop(spans: set[tuple[int, int]]) -> None:
 def _mapped_files() -> list[tuple[int, int]]:
     """Address ranges of this process that are parts of files; see proc(5)."""
     maps = Path("/proc/self/maps")
-    lines = [line.split(maxsplit=5) for line in maps.read_text().splitlines()] if maps.exists() else []
-    ranges = [fields[0].split("-") for fields in lines if fields[4] != "0"]  # the inode
-    return [(int(first, 16), int(last, 16)) for first, last in ranges]
+    text = maps.read_text() if maps.exists() else ""
+    return [(int(first, 16), int(last, 16)) for first, last in _OF_FILE.findall(text)]
 
 
 def _spans(parameters: "Iterable[nn.Parameter]") -> set[tuple[int, int]]:

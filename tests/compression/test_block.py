@@ -17,8 +17,8 @@ from luthier.models import structure
 def first_block(model, batches):
     name, stack = structure.stacks(model)[0]
     with torch.no_grad():
-        hidden, calls, masks = catch(model, stack, batches)
-    block = Block(model, f"{name}.0", 0, hidden, calls[0], masks)
+        hidden, calls, masks, starts = catch(model, stack, batches)
+    block = Block(model, f"{name}.0", 0, hidden, calls[0], masks, start=starts[0])
     block.choose(set(block.all_layers()))
     return block
 

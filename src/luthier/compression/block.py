@@ -22,6 +22,9 @@ from luthier.compression.statistics import Statistic
 from luthier.errors import MethodError
 
 
+START = 16  # tokens that show how a block works
+
+
 class _Enough(Exception):
     """Ends the run of a block when all that was wanted of it has been seen."""
 
@@ -43,6 +46,7 @@ class Block:
         masks: which tokens of each batch are no padding, bool (batch, seq).
         propagates: whether the blocks above see this one as it is left, else as it came. Then one run of it
             does: in the first `observe`, outputs take the place of the inputs, and there is no second.
+        start: what the block is called with for the first `START` tokens of the first row.
     """
 
     def __init__(
@@ -55,10 +59,11 @@ class Block:
         masks: Sequence[Tensor],
         *,
         propagates: bool = True,
+        start: Call | None = None,
     ):
         self.model, self.name, self.index = model, name, index
         self.hidden, self.calls, self.masks = hidden, calls, masks
-        self.propagates, self._left = propagates, False
+        self.propagates, self.start, self._left = propagates, start, False
         self._chosen: set[str] = set()
         self._settled = SettledParts(name)
 
@@ -109,18 +114,17 @@ class Block:
         with self._settled.standing_in(self.module, self.all_layers(), index, self.hidden[index].shape):
             return self.compute(index)
 
-    def compute(self, index: int, module: Any = None, rows: int | None = None) -> Tensor:
+    def compute(self, index: int, module: Any = None) -> Tensor:
         """The same, with gradients where they are switched on.
 
         Args:
             module: what is called in the block's place.
-            rows: on the first few rows of the batch only.
         """
-        hidden, call = self.hidden[index], self.calls[index]
-        given = (hidden, call.arguments, call.options)
-        hidden, arguments, options = given if rows is None else first_rows(given, len(hidden), rows)
+        return self._call(self.hidden[index], self.calls[index], module)
+
+    def _call(self, hidden: Tensor, call: Call, module: Any = None) -> Tensor:
         with Float32():
-            made = (module or self.module)(hidden, *arguments, **options)
+            made = (module or self.module)(hidden, *call.arguments, **call.options)
         return made[0] if isinstance(made, tuple) else made
 
     def leave(self) -> None:
@@ -151,12 +155,14 @@ class Block:
 
             return hook
 
-        # One row shows the layers of most blocks; experts wait for a token that goes to them.
-        for index, rows in [(0, 1), *((index, None) for index in range(len(self.hidden)))]:
+        # Few tokens show the layers of most blocks; experts wait for one that goes to them.
+        runs = zip(self.hidden, self.calls, strict=True)
+        start = [] if self.start is None else [(self.hidden[0][:1, :START], self.start)]
+        for hidden, call in [*start, *runs]:
             if waiting:
                 ends = self._settled.seeing_ends(self.module, self.all_layers())
                 with torch.no_grad(), hooked(dict(waiting), seen), ends:
-                    self.compute(index, rows=rows)
+                    self._call(hidden, call)
         if waiting:
             raise MethodError(
                 f"{min(waiting)} is not used on the calibration data: nothing is known of its inputs.",

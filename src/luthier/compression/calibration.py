@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from luthier.acceleration.float32 import norms
-from luthier.compression.block import Block, Call
+from luthier.compression.block import START, Block, Call
 from luthier.compression.grid import Grid, Scheme
 from luthier.compression.linear import QuantizedLinear, quantize_layer, quantized_layers
 from luthier.compression.records import Record
@@ -37,7 +37,6 @@ from luthier.tuning.probe import evaluating
 
 log = logging.getLogger("luthier.compression")
 
-PROBED = 16  # tokens that show how blocks are called
 Batch = dict[str, Tensor]
 Change = Callable[[Block], Iterable[Record]]
 
@@ -72,12 +71,16 @@ def calibrate(
     store = None if folder is None else _Store(folder, identity)
     records: list[Record] = []
     with evaluating(model), kept_heap(), progress("compress") as bar:
-        hidden, calls, masks = catch(model, stack, batches)
+        hidden, calls, masks, starts = catch(model, stack, batches)
         inside = {p for block in stack for p in block.parameters()}
         not_needed_now(p for p in model.parameters() if p not in inside)  # embeddings, head
         task = bar.add_task("", total=len(stack), note="")
         for index in range(len(stack)):
-            block = Block(model, f"{name}.{index}", index, hidden, calls[index], masks, propagates=propagates)
+            block = Block(
+                *(model, f"{name}.{index}", index, hidden, calls[index], masks),
+                propagates=propagates,
+                start=starts[index],
+            )
             start = time.perf_counter()
             with replaces_weights(block.module), norms(block.module):
                 found = store.restore(block) if store is not None else None
@@ -111,26 +114,27 @@ def _stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def catch(
     model: nn.Module, stack: Sequence[nn.Module], batches: Sequence[Batch]
-) -> tuple[list[Tensor], list[list[Call]], list[Tensor]]:
-    """Hidden states before the first block, the calls of each block ([block][batch]), and the token masks.
+) -> tuple[list[Tensor], list[list[Call]], list[Tensor], list[Call]]:
+    """Hidden states before the first block, the calls of each block ([block][batch]), the token masks, and the
+    call of each block for the first `START` tokens.
 
-    The start of a row runs through the whole model, to see whether all blocks are called alike. Where they
+    That start of a row runs through the whole model, to see whether all blocks are called alike. Where they
     are, the batches stop at the first block. Raises ModelError where a block is handed something else than
     the output of the one before.
     """
     hidden: list[Tensor] = []
     calls: list[list[Call]] = [[] for _ in stack]
     masks: list[Tensor] = []
-    start = {name: part[:1, :PROBED] for name, part in batches[0].items()}
-    _, seen = _run(model, stack, start, only_first=False)
-    alike = all(_same(seen[0], call) for call in seen)
+    start = {name: part[:1, :START] for name, part in batches[0].items()}
+    _, starts = _run(model, stack, start, only_first=False)
+    alike = all(_same(starts[0], call) for call in starts)
     for batch in batches:
         first, seen = _run(model, stack, batch, only_first=alike)
         hidden.append(first)
         for index, per_batch in enumerate(calls):
             per_batch.append(seen[0 if alike else index])
         masks.append(_token_mask(batch))
-    return hidden, calls, masks
+    return hidden, calls, masks, starts
 
 
 def _run(

@@ -42,7 +42,7 @@ class Hessian:
         if self._cap is None or self._most < torch.inf:
             self._count(x)
             return
-        self._first.append(x.clone())  # the median does not depend on how inputs are cut
+        self._first.append(x)  # the median does not depend on how inputs are cut
         if self.tokens >= FIRST:
             self._settle()
 
@@ -61,16 +61,16 @@ class Hessian:
     def _settle(self) -> None:
         """Take the median of what was seen first, and count it."""
         assert self._cap is not None
-        first = torch.cat(self._first)
-        self._most = self._cap * float(first[:FIRST].float().square().sum(1).median())
+        squares = torch.cat([_squares(x) for x in self._first])[:FIRST]
+        self._most = self._cap * float(squares.median())
+        for x in self._first:
+            self._count(x)
         self._first.clear()
-        self._count(first)
 
     def _count(self, x: Tensor) -> None:
         scale: Tensor | None = None
         if self._most < torch.inf:
-            square = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square()
-            scale = (self._most / square.clamp_min(1e-30)).clamp(max=1).sqrt()  # (tokens,)
+            scale = (self._most / _squares(x).clamp_min(1e-30)).clamp(max=1).sqrt()  # (tokens,)
         if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and native.here():
             native.gram(x.contiguous(), self._sum, scale)
             return
@@ -79,6 +79,11 @@ class Hessian:
         for start in range(0, len(columns), STRIP):
             strip = slice(start, start + STRIP)
             self._sum[strip, start:] += linear(columns[strip], columns[start:])
+
+
+def _squares(x: Tensor) -> Tensor:
+    """|x|^2 of each token, float32 (tokens,)."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square()
 
 
 class Moments:

@@ -37,8 +37,8 @@ def paper(weight, bits, groups):
 def first_block(model, given=None):
     """The first block of a model with its inputs."""
     name, stack = structure.stacks(model)[0]
-    hidden, calls, masks = catch(model, stack, given or small.batches())
-    block = Block(model, f"{name}.0", 0, hidden, calls[0], masks)
+    hidden, calls, masks, starts = catch(model, stack, given or small.batches())
+    block = Block(model, f"{name}.0", 0, hidden, calls[0], masks, start=starts[0])
     block.choose(set(block.all_layers()))
     return block
 

@@ -210,7 +210,7 @@ def prune_layer(name: str, layer: nn.Module, mask: Tensor, hessian: Tensor | Non
             error is the weight's.
     """
     weight = matrix(layer)
-    pruned = weight.masked_fill(mask, 0)
+    pruned = masks.zeroed(weight, mask)
     set_matrix(layer, pruned)
     error = output_error(pruned - weight, weight, hessian)
     return Record(name, error, error, sparsity=masks.share_of_zeros(pruned))

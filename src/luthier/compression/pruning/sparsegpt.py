@@ -46,7 +46,7 @@ class Config(Pruner, LayerByLayer):
 
         every = self.mask_block if groups is None else groups[1]
         swept = sweep(weight, hessian, look=choose, look_every=every, damping=self.damping)
-        plain = weight.masked_fill(swept.weight == 0, 0)
+        plain = masks.zeroed(weight, swept.weight == 0)
         set_matrix(layer, swept.weight)
         before, after = output_errors([plain - weight, swept.square], weight, hessian)
         note = "" if swept.damping == self.damping else f"damping raised to {swept.damping:g}"

@@ -54,11 +54,16 @@ struct Sides {
             widen(x, half, (start + t) * features, features, token);
             if (scale)
                 for (int64_t i = 0; i < features; i++) token[i] *= scale[start + t];
-            for (int64_t i = 0; i < features; i += PANEL)
-                std::copy_n(&token[i], std::min(PANEL, features - i), right(i) + t * PANEL);
-            for (int64_t i = 0; i < features; i += ROWS)
-                std::copy_n(&token[i], std::min(ROWS, features - i), left(i) + t * ROWS);
+            lay_out<PANEL>(token, t, rights.get());
+            lay_out<ROWS>(token, t, lefts.get());
         }
+    }
+    template <int64_t WIDTH>
+    void lay_out(const float* token, int64_t t, float* side) const {
+        int64_t i = 0;
+        for (; i + WIDTH <= features; i += WIDTH)  // of a size that the compiler knows
+            std::memcpy(side + i * most + t * WIDTH, token + i, WIDTH * sizeof(float));
+        std::copy_n(token + i, features - i, side + i * most + t * WIDTH);
     }
 };
 

@@ -145,6 +145,12 @@ class TestReplacedWeights:
         assert float(layer.weight.data.sum()) == 1e7
         assert before - resident_memory() < 5 * MB
 
+    def test_that_were_written_to_stay_as_they_are(self, layer):
+        """The file has other numbers by now."""
+        layer.weight.data[500] = 7
+        not_needed_now(layer.parameters())
+        assert float(layer.weight.data.sum()) == 1e7 + 6 * 10_000
+
     def test_of_no_file_are_never_paged_out(self, monkeypatch):
         """The heap may have given them to somebody else, who would find them on the swap device."""
         asked = []

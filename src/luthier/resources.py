@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 _STATUS = Path("/proc/self/status")
+_PAGES = Path("/proc/self/pagemap")
 _CLEAR = Path("/proc/self/clear_refs")
 _OF_FILE = re.compile(r"^(\w+)-(\w+) \S+ \S+ \S+ [1-9]", re.MULTILINE)  # the last is the inode
-_MADV_PAGEOUT = 21
+_MADV_DONTNEED, _MADV_PAGEOUT = 4, 21
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MOST_MMAP_THRESHOLD = 32 << 20  # that glibc takes
 KEPT = 512 << 20  # bytes that are free and stay, inside `kept_heap`
@@ -123,10 +124,24 @@ def _spans(parameters: "Iterable[nn.Parameter]") -> set[tuple[int, int]]:
 def _page_out(start: int, size: int) -> None:
     """Ask Linux (5.4 and later) to drop whole pages of an address range; see madvise(2)."""
     advise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
-    page = mmap.PAGESIZE
-    first, last = -(-start // page) * page, (start + size) // page * page
+    first, last = -(-start // mmap.PAGESIZE), (start + size) // mmap.PAGESIZE
     if advise is not None and last > first:
-        advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_PAGEOUT)
+        span = ctypes.c_void_p(first * mmap.PAGESIZE), ctypes.c_size_t((last - first) * mmap.PAGESIZE)
+        advise(*span, _MADV_DONTNEED if _as_in_the_file(first, last) else _MADV_PAGEOUT)
+
+
+def _as_in_the_file(first: int, last: int) -> bool:
+    """Whether no page of a mapped file was written to: dropping such pages takes a tenth of the time.
+
+    Of each page 64 bits; the last says that it is in memory, the third last that it is the file's own.
+    """
+    try:
+        with _PAGES.open("rb", buffering=0) as pages:
+            pages.seek(8 * first)
+            flags = memoryview(pages.read(8 * (last - first))).cast("Q")
+    except OSError:
+        return False
+    return len(flags) == last - first and {flag >> 61 for flag in flags} <= {0b000, 0b101}
 
 
 class PeakMemory:

@@ -120,5 +120,7 @@ def test_our_kernel_gives_the_sums_of_torch(monkeypatch, dtype, features, thread
     for cap, value in values.items():
         plain = Hessian(features, cap=cap)
         plain.add(x)
-        assert torch.allclose(value, plain.value, rtol=1e-5, atol=1e-5 * float(plain.value.diagonal().max()))
+        # Bfloat16 that is scaled is rounded once more.
+        close = 1e-5 if cap is None or dtype == torch.float32 else 1e-3
+        assert torch.allclose(value, plain.value, rtol=close, atol=close * float(plain.value.diagonal().max()))
         assert torch.equal(value, value.T)

@@ -3,7 +3,8 @@
 //
 // Both sides of the product are laid out as they are read: columns of the right one in panels of 64, four
 // registers; columns of the left one by six, whose 24 sums stay in registers. What lies left of the diagonal is
-// not computed.
+// not computed. Numbers in bfloat16 come in pairs, two tokens at a step, which takes no longer than one number
+// in float32; their products and sums are float32.
 
 #include <immintrin.h>
 
@@ -19,26 +20,27 @@ constexpr int64_t CHUNK = 192;  // tokens: a panel of them stays near
 
 int64_t parts(int64_t all, int64_t size) { return (all + size - 1) / size; }
 
-// One token of x in float32.
-void widen(const void* x, bool half, int64_t from, int64_t count, float* made) {
-    if (!half) {
-        std::memcpy(made, static_cast<const float*>(x) + from, count * sizeof(float));
-        return;
-    }
-    const uint16_t* bits = static_cast<const uint16_t*>(x) + from;
-    for (int64_t i = 0; i < count; i++) {
-        const uint32_t wide = static_cast<uint32_t>(bits[i]) << 16;
-        std::memcpy(made + i, &wide, sizeof(float));
-    }
+// Sixteen numbers of a token of x in float32, those outside `lanes` 0.
+__m512 read(const void* x, bool half, int64_t at, __mmask16 lanes) {
+    if (!half) return _mm512_maskz_loadu_ps(lanes, static_cast<const float*>(x) + at);
+    const __m256i bits = _mm256_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(x) + at);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-// Some tokens of x (tokens, features), laid out twice.
+__m512i rounded(__m512 values) {
+    return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
+}
+
+// Some tokens of x (tokens, features), laid out twice. A step is a token, or of `pairs` two, the first in the
+// lower half of each 32 bits.
 struct Sides {
-    const int64_t features, most;
+    const int64_t features, most;  // steps that there is room for
+    const bool pairs;
     std::unique_ptr<float[]> lefts, rights;
 
-    Sides(int64_t features, int64_t most)
-        : features(features), most(most), lefts(new float[parts(features, ROWS) * ROWS * most]),
+    Sides(int64_t features, int64_t tokens, bool pairs)
+        : features(features), most(pairs ? (tokens + 1) / 2 : tokens), pairs(pairs),
+          lefts(new float[parts(features, ROWS) * ROWS * most]),
           rights(new float[parts(features, PANEL) * PANEL * most]) {
         const int64_t six = parts(features, ROWS) - 1, panel = parts(features, PANEL) - 1;
         std::fill(left(six * ROWS), left(six * ROWS) + ROWS * most, 0.f);
@@ -47,33 +49,63 @@ struct Sides {
     float* left(int64_t column) const { return &lefts[column * most]; }
     float* right(int64_t column) const { return &rights[column * most]; }
 
-    // By all threads together; `token` (features) is each one's own.
-    void fill(const void* x, bool half, const float* scale, int64_t start, int64_t count, float* token) {
+    // By all threads together; `step` (features) is each one's own. Returns the number of steps.
+    int64_t fill(const void* x, bool half, const float* scale, int64_t start, int64_t count, float* step) {
+        const int64_t width = pairs ? 2 : 1, steps = parts(count, width);
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < count; t++) {
-            widen(x, half, (start + t) * features, features, token);
-            if (scale)
-                for (int64_t i = 0; i < features; i++) token[i] *= scale[start + t];
-            lay_out<PANEL>(token, t, rights.get());
-            lay_out<ROWS>(token, t, lefts.get());
+        for (int64_t s = 0; s < steps; s++) {
+            const int64_t token = start + s * width;
+            const bool second = pairs && token + 1 < start + count;
+            for (int64_t i = 0; i < features; i += LANES) {
+                const int64_t here = std::min(LANES, features - i);
+                const __mmask16 lanes = (1u << here) - 1, others = second ? lanes : 0;
+                __m512 one = read(x, half, token * features + i, lanes);
+                if (scale) one = _mm512_mul_ps(one, _mm512_set1_ps(scale[token]));
+                if (pairs) {
+                    __m512 other = read(x, half, (token + second) * features + i, others);
+                    if (scale) other = _mm512_mul_ps(other, _mm512_set1_ps(scale[token + second]));
+                    one = _mm512_castsi512_ps(
+                        _mm512_or_si512(rounded(one), _mm512_slli_epi32(rounded(other), 16)));
+                }
+                _mm512_mask_storeu_ps(step + i, lanes, one);
+            }
+            lay_out<PANEL>(step, s, rights.get());
+            lay_out<ROWS>(step, s, lefts.get());
         }
+        return steps;
     }
     template <int64_t WIDTH>
-    void lay_out(const float* token, int64_t t, float* side) const {
+    void lay_out(const float* step, int64_t s, float* side) const {
         int64_t i = 0;
         for (; i + WIDTH <= features; i += WIDTH)  // of a size that the compiler knows
-            std::memcpy(side + i * most + t * WIDTH, token + i, WIDTH * sizeof(float));
-        std::copy_n(token + i, features - i, side + i * most + t * WIDTH);
+            std::memcpy(side + i * most + s * WIDTH, step + i, WIDTH * sizeof(float));
+        std::memcpy(side + i * most + s * WIDTH, step + i, (features - i) * sizeof(float));
     }
 };
+
+template <bool PAIRS>
+__m512 add_product(__m512 sum, __m512 left, __m512 right) {
+    if constexpr (PAIRS)
+        return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(left), reinterpret_cast<__m512bh>(right));
+    else
+        return _mm512_fmadd_ps(left, right, sum);
+}
 
 // Six rows and 64 columns of x^T x.
 struct Tile {
     __m512 sum[ROWS][VECTORS];
 
-    Tile(const float* left, const float* right, int64_t tokens) {
-        for (int i = 0; i < ROWS * VECTORS; i++) (&sum[0][0])[i] = _mm512_setzero_ps();
-        for (int64_t t = 0; t < tokens; t++, left += ROWS, right += PANEL) {
+    Tile(const Sides& sides, int64_t row, int64_t column, int64_t steps) {
+        if (sides.pairs)
+            make<true>(sides.left(row), sides.right(column), steps);
+        else
+            make<false>(sides.left(row), sides.right(column), steps);
+    }
+    template <bool PAIRS>
+    void make(const float* left, const float* right, int64_t steps) {
+        __m512 made[ROWS][VECTORS];
+        for (int i = 0; i < ROWS * VECTORS; i++) (&made[0][0])[i] = _mm512_setzero_ps();
+        for (int64_t s = 0; s < steps; s++, left += ROWS, right += PANEL) {
             __m512 part[VECTORS];
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++) part[v] = _mm512_loadu_ps(right + v * LANES);
@@ -81,9 +113,10 @@ struct Tile {
             for (int r = 0; r < ROWS; r++) {
                 const __m512 one = _mm512_set1_ps(left[r]);
 #pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; v++) sum[r][v] = _mm512_fmadd_ps(one, part[v], sum[r][v]);
+                for (int v = 0; v < VECTORS; v++) made[r][v] = add_product<PAIRS>(made[r][v], one, part[v]);
             }
         }
+        std::memcpy(sum, made, sizeof(sum));
     }
     template <class Use>
     void each(int64_t row, int64_t column, int64_t features, Use use) const {
@@ -112,18 +145,19 @@ void tiles(int64_t features, Make make) {
 extern "C" {
 
 // Adds x^T x to sums (features, features), right of its diagonal at least. x (tokens, features), float32 or
-// bfloat16 (if half); each token counts as if it were multiplied by its `scale` (tokens,), where there is one.
+// bfloat16 (if half); each token counts as if it were multiplied by its `scale` (tokens,), where there is one,
+// and rounded to bfloat16 again.
 void luthier_gram(const void* x, int half, const float* scale, float* sums, int64_t tokens, int64_t features,
                   int threads) {
-    Sides sides(features, CHUNK);
+    Sides sides(features, CHUNK, half);
 #pragma omp parallel num_threads(threads)
     {
-        const std::unique_ptr<float[]> token(new float[features]);
+        const std::unique_ptr<float[]> step(new float[features]);
         for (int64_t start = 0; start < tokens; start += CHUNK) {
             const int64_t count = std::min(CHUNK, tokens - start);
-            sides.fill(x, half, scale, start, count, token.get());
+            const int64_t steps = sides.fill(x, half, scale, start, count, step.get());
             tiles(features, [&](int64_t row, int64_t column) {
-                Tile(sides.left(row), sides.right(column), count)
+                Tile(sides, row, column, steps)
                     .each(row, column, features, [&](int64_t i, int64_t j, __mmask16 lanes, __m512 sum) {
                         float* to = sums + i * features + j;
                         _mm512_mask_storeu_ps(to, lanes,
@@ -134,19 +168,19 @@ void luthier_gram(const void* x, int half, const float* scale, float* sums, int6
     }
 }
 
-// tr(x H x^T) of x (tokens, features) and a symmetric H (features, features), of which only what lies right of
-// the diagonal is read.
+// tr(x H x^T) of x (tokens, features), rounded to bfloat16, and a symmetric H (features, features), of which only
+// what lies right of the diagonal is read.
 double luthier_square(const float* x, const float* hessian, int64_t tokens, int64_t features, int threads) {
     double total = 0;
-    Sides sides(features, tokens);
+    Sides sides(features, tokens, true);
     const __m512i counted = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 #pragma omp parallel num_threads(threads) reduction(+ : total)
     {
-        const std::unique_ptr<float[]> token(new float[features]);
-        sides.fill(x, false, nullptr, 0, tokens, token.get());
+        const std::unique_ptr<float[]> step(new float[features]);
+        const int64_t steps = sides.fill(x, false, nullptr, 0, tokens, step.get());
         tiles(features, [&](int64_t row, int64_t column) {
             __m512 on = _mm512_setzero_ps(), right = _mm512_setzero_ps();
-            Tile(sides.left(row), sides.right(column), tokens)
+            Tile(sides, row, column, steps)
                 .each(row, column, features, [&](int64_t i, int64_t j, __mmask16 lanes, __m512 sum) {
                     const __m512i place = _mm512_add_epi32(counted, _mm512_set1_epi32(j - i));
                     const __m512 h = _mm512_maskz_loadu_ps(lanes, hessian + i * features + j);

@@ -38,6 +38,8 @@ ARGUMENTS = {
     "luthier_gram": [_pointer, _int, *[_pointer] * 2, *[_long] * 2, _int],
     "luthier_square": [*[_pointer] * 2, *[_long] * 2, _int],
     "luthier_rms_norm": [*[_pointer] * 3, _float, *[_long] * 2, _int],
+    "luthier_take_columns": [*[_pointer] * 3, *[_long] * 2, _int],
+    "luthier_put_columns": [*[_pointer] * 3, *[_long] * 2, _int],
     "luthier_catch_up": [*[_pointer] * 3, *[_long] * 5, _int],
     "luthier_settle": [*[_pointer] * 8, _float, _float, _pointer, *[_long] * 4, _int],
     "luthier_factor": [*[_pointer] * 3, _long, _int],
@@ -112,7 +114,7 @@ def gram(x: Tensor, sums: Tensor, scale: Tensor | None = None) -> None:
     """Add x^T x to `sums`, of which what lies left of the diagonal is not to be used.
 
     Args:
-        x: (tokens, features), float32 or bfloat16, contiguous.
+        x: (tokens, features), float32 or bfloat16, contiguous. Bfloat16 stays so when it is scaled.
         sums: (features, features), float32, contiguous.
         scale: (tokens,), float32: what each token is multiplied by first.
     """
@@ -127,7 +129,11 @@ def gram(x: Tensor, sums: Tensor, scale: Tensor | None = None) -> None:
 
 
 def square(x: Tensor, hessian: Tensor) -> float:
-    """tr(x H x^T), all float32 and contiguous. x (tokens, features), hessian (features, features), symmetric."""
+    """tr(x H x^T), x rounded to bfloat16, which cancels out in large matrices: 1e-5 of it is usual.
+
+    Args:
+        x: (tokens, features); hessian: (features, features), symmetric; both float32 and contiguous.
+    """
     found: float = library().luthier_square(
         x.data_ptr(), hessian.data_ptr(), *x.shape, torch.get_num_threads()
     )
@@ -142,6 +148,24 @@ def factor(hessian: Tensor) -> tuple[Tensor, Tensor] | None:
         *(part.data_ptr() for part in (hessian, unit, roots)), len(hessian), torch.get_num_threads()
     )
     return (unit, roots) if positive else None
+
+
+def take_columns(matrix: Tensor, order: Tensor) -> Tensor:
+    """matrix[:, order].T, contiguous. matrix (rows, columns), float32 and contiguous, order (columns,)."""
+    made = matrix.new_empty(matrix.shape[::-1])
+    library().luthier_take_columns(
+        *(part.data_ptr() for part in (matrix, order, made)), *matrix.shape, torch.get_num_threads()
+    )
+    return made
+
+
+def put_columns(columns: Tensor, order: Tensor) -> Tensor:
+    """The matrix (rows, columns) of which `take_columns` gives these (columns, rows)."""
+    matrix = columns.new_empty(columns.shape[::-1])
+    library().luthier_put_columns(
+        *(part.data_ptr() for part in (columns, order, matrix)), *matrix.shape, torch.get_num_threads()
+    )
+    return matrix
 
 
 def catch_up(w: Tensor, changes: Tensor, unit: Tensor, columns: tuple[int, int, int]) -> None:

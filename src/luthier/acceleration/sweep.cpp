@@ -17,16 +17,22 @@ constexpr int64_t LANES = 16, VECTORS = 3, STRIP = LANES * VECTORS;
 constexpr int64_t PANEL = 8;   // columns whose sums are made together
 constexpr int64_t CLOSE = 32;  // columns that are settled one by one: a multiple of PANEL
 
+__mmask16 first(int64_t count) { return count >= LANES ? 0xffff : (1u << count) - 1; }
+
+// Places of 16 numbers one below the other.
+__m512i along(int64_t columns) {
+    return _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                              _mm512_set1_epi32(columns));
+}
+
 // Up to 48 rows of a matrix with so many.
 struct Strip {
     int64_t row, rows;
     __mmask16 lanes[VECTORS];
 
     Strip(int64_t row, int64_t rows) : row(row), rows(rows) {
-        for (int64_t v = 0; v < VECTORS; v++) {
-            const int64_t count = std::clamp(rows - row - v * LANES, int64_t{0}, LANES);
-            lanes[v] = (1u << count) - 1;
-        }
+        for (int64_t v = 0; v < VECTORS; v++)
+            lanes[v] = first(std::max(rows - row - v * LANES, int64_t{0}));
     }
     void load(const float* matrix, int64_t column, float* to) const {
         for (int64_t v = 0; v < VECTORS; v++)
@@ -115,6 +121,33 @@ Buffer buffer(int64_t columns) {
 }  // namespace
 
 extern "C" {
+
+// Row by row matrices (rows, columns) as the sweep has them: made (columns, rows), column k that of `order`.
+void luthier_take_columns(const float* matrix, const int64_t* order, float* made, int64_t rows, int64_t columns,
+                          int threads) {
+    const __m512i down = along(columns);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; row += LANES) {
+        const __mmask16 lanes = first(rows - row);
+        for (int64_t k = 0; k < columns; k++)
+            _mm512_mask_storeu_ps(made + k * rows + row, lanes,
+                                  _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, down,
+                                                           matrix + row * columns + order[k], sizeof(float)));
+    }
+}
+
+// The way back.
+void luthier_put_columns(const float* made, const int64_t* order, float* matrix, int64_t rows, int64_t columns,
+                         int threads) {
+    const __m512i down = along(columns);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; row += LANES) {
+        const __mmask16 lanes = first(rows - row);
+        for (int64_t k = 0; k < columns; k++)
+            _mm512_mask_i32scatter_ps(matrix + row * columns + order[k], lanes, down,
+                                      _mm512_maskz_loadu_ps(lanes, made + k * rows + row), sizeof(float));
+    }
+}
 
 // Brings columns `start` to `stop` of w up to date with what was changed in those from `first` on, up to them.
 // w, changes (columns, rows); unit (columns, columns).

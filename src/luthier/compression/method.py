@@ -26,6 +26,9 @@ from luthier.errors import MethodError
 from luthier.options import option
 
 
+LARGE = 2**12  # numbers of a weight whose error may be computed from their first eight bits
+
+
 @dataclass
 class OneShot:
     """A method that changes one block after the other, from what goes into its layers."""
@@ -242,6 +245,7 @@ def _square(weight: Tensor, hessian: Tensor) -> float:
     """tr(W H W^T): the squared output, up to the factor of H. Of a vector as if H were diagonal."""
     if hessian.dim() == 1:
         return float((weight * hessian * weight).sum())
-    if weight.device.type == "cpu" and weight.dtype == hessian.dtype == torch.float32 and native.here():
+    here = weight.device.type == "cpu" and weight.dtype == hessian.dtype == torch.float32 and native.here()
+    if here and weight.numel() >= LARGE:
         return native.square(weight.contiguous(), hessian.contiguous())
     return float((linear(weight, hessian) * weight).sum())

@@ -153,14 +153,16 @@ def sweep(
     """
     factor = _known_factor(hessian, order, damping)
     # Columns as rows, (columns, rows): contiguous memory for what is touched each time.
-    before = weight.T.contiguous().index_select(0, factor.order)
+    natively = _has_kernel(weight, settle)
+    take, put = (native.take_columns, native.put_columns) if natively else (_take_columns, _put_columns)
+    before = take(weight.contiguous(), factor.order)
     dead = hessian.diagonal()[factor.order] == 0
     if dead.any():
         before[dead] = 0
     w, changes, square = before.clone(), torch.empty_like(before), 0.0
     columns = len(w)
     catch_up, settle_columns = _catch_up, _column_by_column
-    if _has_kernel(w, settle):
+    if natively:
         catch_up, settle_columns = native.catch_up, _natively
         block = columns if look is None else block  # the kernel has blocks of its own
     every = block if look is None else look_every
@@ -176,8 +178,7 @@ def sweep(
             zeros = None if look is None else _seen(look, w, before, changes, factor, here, settle_columns)
             square += settle_columns(w, before, changes, factor, here, settle, zeros)
     square -= factor.added * float(torch.linalg.vector_norm(changes)) ** 2
-    found = before.index_copy_(0, factor.order, w)
-    return Swept(found.T.contiguous(), factor.damping, max(0.0, square))
+    return Swept(put(w, factor.order), factor.damping, max(0.0, square))
 
 
 def _seen(
@@ -201,9 +202,17 @@ def _seen(
     return None if zeros is None else zeros.T
 
 
-def _has_kernel(w: Tensor, settle: Settle | None) -> bool:
+def _has_kernel(weight: Tensor, settle: Settle | None) -> bool:
     known = settle is None or isinstance(settle, Rounding)
-    return known and w.dtype == torch.float32 and w.device.type == "cpu" and native.here()
+    return known and weight.dtype == torch.float32 and weight.device.type == "cpu" and native.here()
+
+
+def _take_columns(matrix: Tensor, order: Tensor) -> Tensor:
+    return matrix.T.contiguous().index_select(0, order)
+
+
+def _put_columns(columns: Tensor, order: Tensor) -> Tensor:
+    return torch.empty_like(columns).index_copy_(0, order, columns).T.contiguous()
 
 
 def _natively(

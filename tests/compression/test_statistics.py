@@ -120,7 +120,26 @@ def test_our_kernel_gives_the_sums_of_torch(monkeypatch, dtype, features, thread
     for cap, value in values.items():
         plain = Hessian(features, cap=cap)
         plain.add(x)
-        # Bfloat16 that is scaled is rounded once more.
-        close = 1e-5 if cap is None or dtype == torch.float32 else 1e-3
+        close = 1e-5
         assert torch.allclose(value, plain.value, rtol=close, atol=close * float(plain.value.diagonal().max()))
         assert torch.equal(value, value.T)
+
+
+@pytest.mark.skipif(not native.here(), reason=f"no kernels: {native._library()}")
+@pytest.mark.parametrize("cap", [None, 4.0])
+def test_of_a_large_layer_it_is_that_of_inputs_in_bfloat16(cap):
+    """And what a change of the weight costs under it is what it costs."""
+    x = torch.randn(700, 300, generator=torch.Generator().manual_seed(0))
+    x = x @ torch.randn(300, 300, generator=torch.Generator().manual_seed(1))
+    hessian = Hessian(300, cap=cap)
+    hessian.add(x)
+    exact = x.double()
+    if cap is not None:
+        square = exact.square().sum(1, keepdim=True)
+        exact = exact * (cap * square.median() / square).clamp(max=1).sqrt()
+    rounded = exact.to(torch.bfloat16).double()
+    assert torch.allclose(hessian.value.double(), rounded.T @ rounded * (2 / 700), rtol=1e-4, atol=5e-3)
+    exact_value = exact.T @ exact * (2 / 700)
+    change = torch.randn(64, 300, generator=torch.Generator().manual_seed(2)).double()
+    costs = [float(((change @ h) * change).sum()) for h in (hessian.value.double(), exact_value)]
+    assert costs[0] == pytest.approx(costs[1], rel=1e-4)

@@ -145,11 +145,11 @@ void tiles(int64_t features, Make make) {
 extern "C" {
 
 // Adds x^T x to sums (features, features), right of its diagonal at least. x (tokens, features), float32 or
-// bfloat16 (if half); each token counts as if it were multiplied by its `scale` (tokens,), where there is one,
-// and rounded to bfloat16 again.
-void luthier_gram(const void* x, int half, const float* scale, float* sums, int64_t tokens, int64_t features,
-                  int threads) {
-    Sides sides(features, CHUNK, half);
+// bfloat16 (if half); each token counts as if it were multiplied by its `scale` (tokens,), where there is one.
+// Of `pairs` the numbers are rounded to bfloat16 then.
+void luthier_gram(const void* x, int half, int pairs, const float* scale, float* sums, int64_t tokens,
+                  int64_t features, int threads) {
+    Sides sides(features, CHUNK, pairs);
 #pragma omp parallel num_threads(threads)
     {
         const std::unique_ptr<float[]> step(new float[features]);

@@ -13,6 +13,7 @@ from luthier.acceleration import native
 from luthier.acceleration.float32 import linear
 
 FIRST = 2048  # tokens whose median says what is usual
+LARGE = 256  # features from which on inputs are rounded to bfloat16 before they are multiplied
 STRIP = 192  # rows of a Hessian that one product makes; of each only what lies right of the diagonal
 
 
@@ -24,6 +25,13 @@ class Statistic(Protocol):
 
 class Hessian:
     """H = (2 / tokens) sum x x^T, float32 (features, features): the curvature of the layer's error.
+
+    Our kernel rounds the inputs of large layers to bfloat16 before it multiplies them. So H is that of inputs
+    that are off by up to 2^-9 of themselves, each its own way, and with it a change D of the weight costs
+
+        tr(D H' D^T) - tr(D H D^T)  ~  10^-6 sum_ij D_ij^2 H_jj,
+
+    a millionth of what it costs where inputs are not correlated.
 
     Args:
         cap: the most that a token's |x|^2 may count, in medians over the first tokens seen; a larger x is
@@ -72,7 +80,7 @@ class Hessian:
         if self._most < torch.inf:
             scale = (self._most / _squares(x).clamp_min(1e-30)).clamp(max=1).sqrt()  # (tokens,)
         if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and native.here():
-            native.gram(x.contiguous(), self._sum, scale)
+            native.gram(x.contiguous(), self._sum, scale, rounded=x.shape[1] >= LARGE)
             return
         x = x.float() if scale is None else x.float() * scale[:, None]
         columns = x.T.contiguous()  # (features, tokens)

@@ -89,7 +89,8 @@ def test_the_factor_is_that_of_what_is_left(columns, dtype):
     matrix = damped(hessian, 0.01)[order][:, order]
     unit, roots = found.unit.double(), found.roots.double()
     exact = 1e-9 if dtype == torch.float64 else 1e-4
-    assert torch.allclose(unit * roots.square() @ unit.T, matrix, rtol=exact, atol=exact * float(matrix.max()))
+    made, largest = unit * roots.square() @ unit.T, float(matrix.max())
+    assert torch.allclose(made, matrix, rtol=exact, atol=exact * largest)
     assert torch.equal(unit, unit.triu())
     assert (unit.diagonal() == 1).all()
     assert found.added == pytest.approx(0.01 * float(hessian.diagonal().mean()))

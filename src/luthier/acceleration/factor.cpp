@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int64_t LANES = 16, VECTORS = 3, STRIP = LANES * VECTORS, BLOCK = STRIP * STRIP;
+constexpr int64_t LANES = 16, VECTORS = 3, STRIP = LANES * VECTORS;
 constexpr int64_t PANEL = 8;  // columns whose sums are made together, in 24 registers
 
 // Takes from 8 columns of a strip the products of `count` others with numbers of their rows in the strip `by`.

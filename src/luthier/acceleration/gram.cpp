@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
+#include <vector>
 
 namespace {
 
@@ -171,10 +173,10 @@ void luthier_gram(const void* x, int half, int pairs, const float* scale, float*
 // tr(x H x^T) of x (tokens, features), rounded to bfloat16, and a symmetric H (features, features), of which only
 // what lies right of the diagonal is read.
 double luthier_square(const float* x, const float* hessian, int64_t tokens, int64_t features, int threads) {
-    double total = 0;
     Sides sides(features, tokens, true);
+    std::vector<double> found(parts(features, PANEL));  // of each panel: the sum is the same with any threads
     const __m512i counted = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-#pragma omp parallel num_threads(threads) reduction(+ : total)
+#pragma omp parallel num_threads(threads)
     {
         const std::unique_ptr<float[]> step(new float[features]);
         const int64_t steps = sides.fill(x, false, nullptr, 0, tokens, step.get());
@@ -188,9 +190,9 @@ double luthier_square(const float* x, const float* hessian, int64_t tokens, int6
                     right = _mm512_mask3_fmadd_ps(h, sum, right, beyond);
                     on = _mm512_mask3_fmadd_ps(h, sum, on, _mm512_testn_epi32_mask(place, place));
                 });
-            total += _mm512_reduce_add_ps(on) + 2.0 * _mm512_reduce_add_ps(right);
+            found[column / PANEL] += _mm512_reduce_add_ps(on) + 2.0 * _mm512_reduce_add_ps(right);
         });
     }
-    return total;
+    return std::accumulate(found.begin(), found.end(), 0.0);
 }
 }

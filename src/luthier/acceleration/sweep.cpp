@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
+#include <vector>
 
 namespace {
 
@@ -181,8 +183,8 @@ double luthier_settle(float* w, const float* before, float* changes, const float
                       int threads) {
     const Grid grid = {scale, zero, group, low, high};
     Panels panels(start, start, stop, columns);
-    double cost = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : cost)
+    std::vector<double> costs((rows + STRIP - 1) / STRIP);  // of each strip: the sum is the same with any threads
+#pragma omp parallel num_threads(threads)
     {
         panels.fill(unit);
         const Buffer known = buffer(stop - start), close = buffer(CLOSE);
@@ -223,10 +225,10 @@ double luthier_settle(float* w, const float* before, float* changes, const float
                     strip.store(column, w, j);
                     strip.store(change, changes, j);
                 }
-                cost += _mm512_reduce_add_ps(squares);
+                costs[row / STRIP] += _mm512_reduce_add_ps(squares);
             }
         }
     }
-    return cost;
+    return std::accumulate(costs.begin(), costs.end(), 0.0);
 }
 }

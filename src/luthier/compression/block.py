@@ -21,7 +21,6 @@ from luthier.compression.settled import SettledParts
 from luthier.compression.statistics import Statistic
 from luthier.errors import MethodError
 
-
 START = 16  # tokens that show how a block works
 
 

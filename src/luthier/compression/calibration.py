@@ -115,8 +115,8 @@ def _stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def catch(
     model: nn.Module, stack: Sequence[nn.Module], batches: Sequence[Batch]
 ) -> tuple[list[Tensor], list[list[Call]], list[Tensor], list[Call]]:
-    """Hidden states before the first block, the calls of each block ([block][batch]), the token masks, and the
-    call of each block for the first `START` tokens.
+    """Hidden states before the first block, the calls of each block ([block][batch]), the token masks, and
+    the call of each block for the first `START` tokens.
 
     That start of a row runs through the whole model, to see whether all blocks are called alike. Where they
     are, the batches stop at the first block. Raises ModelError where a block is handed something else than

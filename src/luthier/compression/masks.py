@@ -56,7 +56,7 @@ def lowest(scores: Tensor, sparsity: float, scope: str = "layer") -> Tensor:
 
 
 def _smallest(values: Tensor, count: int) -> Tensor:
-    """The `count`-th smallest of each row, (rows, 1): selected, which is several times faster than sorting."""
+    """The `count`-th smallest of each row, (rows, 1), by selection: several times faster than sorting."""
     if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
         return values.kthvalue(count, dim=1, keepdim=True).values
     # numpy's selection is ten times as fast as torch's.

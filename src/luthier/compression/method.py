@@ -25,7 +25,6 @@ from luthier.compression.statistics import Hessian, Moments
 from luthier.errors import MethodError
 from luthier.options import option
 
-
 LARGE = 2**12  # numbers of a weight whose error may be computed from their first eight bits
 
 
@@ -221,17 +220,15 @@ def prune_layer(name: str, layer: nn.Module, mask: Tensor, hessian: Tensor | Non
 
 def output_error(change: Tensor, weight: Tensor, hessian: Tensor | None) -> float:
     """Squared error of a layer's output on the calibration inputs, relative to the output's own square."""
-    return output_errors([change], weight, hessian)[0]
+    return weight_error(change, weight) if hessian is None else output_errors([change], weight, hessian)[0]
 
 
-def output_errors(changes: Sequence[Tensor], weight: Tensor, hessian: Tensor | None) -> list[float]:
+def output_errors(changes: Sequence[Tensor | float], weight: Tensor, hessian: Tensor) -> list[float]:
     """The same of several changes of one weight.
 
     Args:
         changes: (out, in), or tr(C H C^T) of a change C where it is known.
     """
-    if hessian is None:
-        return [weight_error(change, weight) for change in changes]
     own = max(_square(weight, hessian), torch.finfo().tiny)
     return [(c if isinstance(c, float) else _square(c, hessian)) / own for c in changes]
 

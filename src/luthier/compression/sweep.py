@@ -153,7 +153,7 @@ def sweep(
     """
     factor = _known_factor(hessian, order, damping)
     # Columns as rows, (columns, rows): contiguous memory for what is touched each time.
-    natively = _has_kernel(weight, settle)
+    natively = _has_kernel(weight, factor, settle)
     take, put = (native.take_columns, native.put_columns) if natively else (_take_columns, _put_columns)
     before = take(weight.contiguous(), factor.order)
     dead = hessian.diagonal()[factor.order] == 0
@@ -190,9 +190,9 @@ def _seen(
     columns: tuple[int, int],
     settle_columns: Callable[..., float],
 ) -> Tensor | None:
-    """What becomes zero (columns, rows), by someone who looks at columns that are up to date.
+    """What becomes zero (columns, rows), by `look` at some columns that are up to date.
 
-    He sees each as it would be if none of those beside it changed any more.
+    Each is shown as it is if none of those beside it changes any more.
     """
     part = slice(*columns)
     kept = w[part].clone()
@@ -202,9 +202,10 @@ def _seen(
     return None if zeros is None else zeros.T
 
 
-def _has_kernel(weight: Tensor, settle: Settle | None) -> bool:
+def _has_kernel(weight: Tensor, factor: Factor, settle: Settle | None) -> bool:
     known = settle is None or isinstance(settle, Rounding)
-    return known and weight.dtype == torch.float32 and weight.device.type == "cpu" and native.here()
+    single = weight.dtype == factor.unit.dtype == torch.float32
+    return known and single and weight.device.type == "cpu" and native.here()
 
 
 def _take_columns(matrix: Tensor, order: Tensor) -> Tensor:

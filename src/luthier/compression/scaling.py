@@ -7,6 +7,7 @@ factors nothing can take over is rounded as it is, and its records say so.
 
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,10 @@ class Scaling(Quantizer):
         """An empty statistic for a group."""
         raise NotImplementedError
 
+    def watching(self, block: Block, rows: list[Row]) -> AbstractContextManager[None]:
+        """Around the runs of the block in which inputs are gathered: to see more of them."""
+        return nullcontext()
+
     def error(self, weight: Tensor, final: Tensor, seen: Any) -> float:
         """Squared error of a layer's output, relative to the output's own.
 
@@ -60,7 +65,8 @@ class Scaling(Quantizer):
     def prepare(self, block: Block) -> None:
         self._rows = rows = find(block, only_norms=self.only_norms())
         seen = [self.gather(block, row.features) for row in rows]
-        block.observe({row.layers[0]: s for row, s in zip(rows, seen, strict=True)})
+        with self.watching(block, rows):
+            block.observe({row.layers[0]: s for row, s in zip(rows, seen, strict=True)})
         layers = block.layers()
         self._seen = {name: s for row, s in zip(rows, seen, strict=True) for name in row.layers}
         weights = {name: matrix(layers[name]) for name in self._seen}

@@ -116,11 +116,15 @@ def test_a_module_is_replayed_as_the_block_calls_it():
     handle = block.module.self_attn.register_forward_hook(lambda _m, _i, output: seen.append(output[0]))
     blocks.outputs(block)
     handle.remove()
-    found = Replay(block, "model.layers.0.self_attn", 10**6)()
+    with Replay(block, "model.layers.0.self_attn", 10**6) as replay:
+        blocks.outputs(block)
+    found = replay()
     assert len(found) == 3
     for new, old, mask in zip(found, seen, block.masks, strict=True):
         assert torch.equal(new, old[mask])
-    few = Replay(block, "model.layers.0.self_attn", block.hidden[0].shape[1])()
+    with Replay(block, "model.layers.0.self_attn", block.hidden[0].shape[1]) as replay:
+        blocks.outputs(block)
+    few = replay()
     first = seen[0][:1][block.masks[0][:1]]
     assert len(few) == 1
     assert torch.allclose(few[0], first, atol=1e-6)

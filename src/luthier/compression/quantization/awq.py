@@ -19,14 +19,17 @@ Then each range of a row and group, m = max |w|, is shrunk to the best of m, 0.9
 of this group's part of the output, D_g H_g D_g^T. Layers whose outputs meet in a product of attention are not
 clipped: those in an attention module but for the last and for the values.
 
+All inputs are those of the model as it came, as in the paper: blocks do not see what became of those before.
+
 Different from the authors' code: H in place of 512 sampled tokens in the clip search, v -> o also with shared
 heads, and symmetric grids unless `symmetric: false` (they round with zero points).
 """
 
+import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +81,18 @@ class Config(Scaling):
     clip: bool = option(True, "search a smaller range for each group of weights")
     search_tokens: int = option(1024, "tokens of the runs that compare exponents", ge=1)
 
+    propagates: ClassVar[bool] = False
+
     def gather(self, block: Block, features: int) -> Inputs:
         return Inputs(features, block.device)
+
+    @contextmanager
+    def watching(self, block: Block, rows: list[Row]) -> Iterator[None]:
+        with ExitStack() as stack:
+            around_groups = {around(row.layers) for row in rows if row.maker and len(row.layers) > 1}
+            replays = [Replay(block, name, self.search_tokens) for name in sorted(around_groups)]
+            self._replays = {replay.name: stack.enter_context(replay) for replay in replays}
+            yield
 
     def error(self, weight: Tensor, final: Tensor, seen: Inputs) -> float:
         return output_error(fit(final, self.scheme).round(final) - weight, weight, seen.hessian)
@@ -125,7 +138,7 @@ class Config(Scaling):
 
             yield alone
             return
-        replay = Replay(block, around(row.layers), self.search_tokens)
+        replay = self._replays[around(row.layers)]
         exact = replay()
 
         def loss(factors: Tensor) -> float:
@@ -197,43 +210,49 @@ def around(names: list[str]) -> str:
     return ".".join(parts[0][:common])
 
 
-class _Caught(Exception):
-    """Ends a run of a block when the module that is looked for was called."""
-
-
 class Replay:
-    """Runs one module inside a block again and again on what it was handed; its outputs, a batch each.
+    """Runs one module inside a block again and again on what it is handed inside `with replay:`, where the
+    block runs once on each of its batches; its outputs, a batch each.
 
     Rows for `tokens` tokens are taken, evenly from all batches.
     """
 
     def __init__(self, block: Block, name: str, tokens: int):
-        self._module = block.model.get_submodule(name)
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
-        length = max(hidden.shape[1] for hidden in block.hidden)
+        self.name, self._block, self._module = name, block, block.model.get_submodule(name)
+        self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], Tensor]] = {}  # by batch
+        length, count = max(hidden.shape[1] for hidden in block.hidden), len(block.hidden)
         wanted = -(-min(tokens, block.tokens) // length)  # rows
-        batches = min(len(block.hidden), wanted)
-        for index in (i * len(block.hidden) // batches for i in range(batches)):
-            hook = self._catch(block.masks[index], -(-wanted // batches))
-            handle = self._module.register_forward_pre_hook(hook, with_kwargs=True)
-            with suppress(_Caught):
-                block.run(index)
+        batches = min(count, wanted)
+        self._rows = {i * count // batches: -(-wanted // batches) for i in range(batches)}
+
+    def __enter__(self) -> "Replay":
+        runs = itertools.count()
+        batch = 0
+
+        def begin(*_: Any) -> None:
+            nonlocal batch
+            batch = next(runs)
+
+        def keep(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            if batch in self._rows and batch not in self._calls:
+                mask = self._block.masks[batch]
+                self._calls[batch] = first_rows((arguments, options, mask), len(mask), self._rows[batch])
+
+        self._handles = [
+            self._block.module.register_forward_pre_hook(begin),
+            self._module.register_forward_pre_hook(keep, with_kwargs=True),
+        ]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
             handle.remove()
-
-    def _catch(self, mask: Tensor, rows: int) -> Any:
-        """Keeps the first rows (rows, seq, ...) of what the module is called with."""
-
-        def hook(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            self._calls.append(first_rows((arguments, options, mask), len(mask), rows))
-            raise _Caught
-
-        return hook
 
     @torch.no_grad()
     def __call__(self) -> list[Tensor]:
         """Outputs (tokens, features) without padding, float32."""
         found = []
-        for arguments, options, mask in self._calls:
+        for arguments, options, mask in self._calls.values():
             with Float32():
                 made = self._module(*arguments, **options)
             found.append(real_tokens(made[0] if isinstance(made, tuple) else made, mask).float())

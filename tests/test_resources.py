@@ -16,6 +16,7 @@ from luthier import resources
 from luthier.errors import ResourceError
 from luthier.resources import (
     PeakMemory,
+    kept_heap,
     not_needed_now,
     replaces_weights,
     require_space,
@@ -117,6 +118,17 @@ class TestSpace:
 def test_importing_it_loads_no_torch():
     code = "import sys, luthier.resources; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@linux
+def test_freed_memory_stays_at_hand_inside_a_kept_heap_and_is_given_back_after_it():
+    trim_heap()
+    before = resident_memory()
+    with kept_heap():
+        tensors = [torch.ones(250_000) for _ in range(100)]
+        del tensors
+        assert resident_memory() - before > 80 * MB
+    assert resident_memory() - before < 20 * MB
 
 
 @linux

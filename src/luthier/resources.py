@@ -64,8 +64,8 @@ def trim_heap() -> None:
 def kept_heap() -> Iterator[None]:
     """Inside, glibc keeps the memory of freed tensors at hand; at the end what is free is given back.
 
-    Else much of it goes to the system at once and is had again page by page: a fifth of the time of a
-    calibration pass. Tensors of more than 32 MB still have memory of their own.
+    Else much of it goes to the system at once and is had again page by page. Tensors of more than 32 MB still
+    have memory of their own.
     """
     # glibc's own limits follow the blocks that are freed, up to these; setting them ends that.
     _limit_heap(trim=KEPT)
@@ -131,7 +131,7 @@ def _page_out(start: int, size: int) -> None:
 
 
 def _as_in_the_file(first: int, last: int) -> bool:
-    """Whether no page of a mapped file was written to: dropping such pages takes a tenth of the time.
+    """Whether no page of a mapped file was written to: such pages can be dropped, which is faster.
 
     Of each page 64 bits; the last says that it is in memory, the third last that it is the file's own.
     """

@@ -16,6 +16,7 @@ from luthier.compression.linear import (
     QuantizedLinear,
     dequantize,
     dimensions,
+    held_weights,
     matrix,
     quantize_layer,
     quantized_layers,
@@ -107,3 +108,16 @@ def test_what_is_no_plain_layer_is_refused():
         layer.weight.data[3, 5] = bad
         with pytest.raises(MethodError, match=r"weight of up has values that are not finite"):
             require_plain("up", layer)
+
+
+def test_a_weight_is_made_once_while_it_is_held_and_anew_after_it():
+    weight = small.weight_of(24, 64)
+    grid = fit(weight, Scheme(4, 16))
+    layer = quantize_layer(plain(False), grid.quantize(weight), grid)
+    assert layer.weight is not layer.weight
+    with held_weights(layer):
+        held = layer.weight
+        assert layer.weight is held
+    layer.codes.zero_()
+    assert not layer.weight.any()
+    assert torch.equal(held, grid.round(weight))

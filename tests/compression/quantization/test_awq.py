@@ -14,6 +14,7 @@ from luthier.compression.folding import find
 from luthier.compression.grid import Scheme, fit
 from luthier.compression.linear import matrix, quantized_layers
 from luthier.compression.quantization.awq import Replay, around, clip_limits, multiplied, scales
+from luthier.models import structure
 
 W, X = small.weight_of(), small.correlated()[0]
 H = small.hessian_of(X)
@@ -257,3 +258,15 @@ def test_zeros_of_a_pruned_model_stay():
     compress(model, [method("magnitude")(sparsity=0.5), awq()], calibration=small.batches())
     for layer in quantized_layers(model).values():
         assert (layer.weight == 0).float().mean() >= 0.5
+
+
+def test_blocks_do_not_see_what_became_of_those_before():
+    """As in the paper: what the second becomes does not depend on how coarsely the first was rounded."""
+    found = []
+    for bits in (2, 8):
+        model = tiny.llama()
+        first = {name: bits for name in structure.linears(model) if ".layers.0." in name}
+        compress(model, awq(layer_bits=first), calibration=small.batches())
+        found.append(quantized_layers(model.model.layers[1]))
+    for name, layer in found[0].items():
+        assert (layer.codes == found[1][name].codes).float().mean() > 0.99, name

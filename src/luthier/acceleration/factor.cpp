@@ -3,36 +3,12 @@
 // H = R R^T, R upper triangular, its last columns first. R lies in strips of 48 rows, column after column, three
 // registers each: so both sides of all its products are read as they lie.
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <memory>
+
+#include "strips.h"
 
 namespace {
-
-constexpr int64_t LANES = 16, VECTORS = 3, STRIP = LANES * VECTORS;
-constexpr int64_t PANEL = 8;  // columns whose sums are made together, in 24 registers
-
-// Takes from 8 columns of a strip the products of `count` others with numbers of their rows in the strip `by`.
-void subtract(float* columns, const float* others, const float* by, int64_t count) {
-    __m512 sum[PANEL][VECTORS];
-    for (int i = 0; i < PANEL * VECTORS; i++) (&sum[0][0])[i] = _mm512_load_ps(columns + i * LANES);
-    for (int64_t j = 0; j < count; j++, others += STRIP, by += STRIP) {
-        __m512 other[VECTORS];
-#pragma GCC unroll 3
-        for (int v = 0; v < VECTORS; v++) other[v] = _mm512_load_ps(others + v * LANES);
-#pragma GCC unroll 8
-        for (int i = 0; i < PANEL; i++) {
-            const __m512 factor = _mm512_set1_ps(by[i]);
-#pragma GCC unroll 3
-            for (int v = 0; v < VECTORS; v++) sum[i][v] = _mm512_fnmadd_ps(factor, other[v], sum[i][v]);
-        }
-    }
-    for (int i = 0; i < PANEL * VECTORS; i++) _mm512_store_ps(columns + i * LANES, (&sum[0][0])[i]);
-}
 
 // Divides column k of a strip by `root` and takes its products with numbers of `by` from the columns before.
 void settle(float* strip, int64_t k, float root, const float* by) {
@@ -63,10 +39,6 @@ bool settle_diagonal(float* block, float* roots) {
     return true;
 }
 
-struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-};
-
 }  // namespace
 
 extern "C" {
@@ -75,8 +47,7 @@ extern "C" {
 // `unit` what lies left of the diagonal is left as it is. Returns 0 where H is not positive definite.
 int luthier_factor(const float* hessian, float* unit, float* roots, int64_t n, int threads) {
     const int64_t strips = (n + STRIP - 1) / STRIP, padded = strips * STRIP;
-    const std::unique_ptr<float[], Free> memory(
-        static_cast<float*>(std::aligned_alloc(64, strips * padded * STRIP * sizeof(float))));
+    const Buffer memory = buffer(strips * padded);
     const std::unique_ptr<float[]> root(new float[padded]);
     const auto at = [&](int64_t strip, int64_t column) { return &memory[(strip * padded + column) * STRIP]; };
     bool positive = true;
@@ -94,7 +65,7 @@ int luthier_factor(const float* hessian, float* unit, float* roots, int64_t n, i
 #pragma omp for schedule(dynamic)
             for (int64_t s = b; s >= 0; s--)
                 for (int64_t i = 0; i < STRIP; i += PANEL)
-                    subtract(at(s, column + i), at(s, next), at(b, next) + i, padded - next);
+                    accumulate<false, STRIP>(at(s, column + i), at(s, next), at(b, next) + i, padded - next);
 #pragma omp single
             positive = settle_diagonal(at(b, column), &root[column]);
             if (!positive) break;

@@ -25,6 +25,7 @@ from luthier.models.gguf import cache_folder
 log = logging.getLogger("luthier.acceleration")
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 INSTRUCTIONS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mavx512vnni")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", *INSTRUCTIONS)
 SECONDS = 120  # that a step of compiling may take; all take a few
@@ -245,7 +246,7 @@ def _library() -> ctypes.CDLL | str:
 
 def _compiled(compiler: str) -> Path:
     """The file of the library, made if it is not there."""
-    source = b"".join(file.read_bytes() for file in SOURCES)
+    source = b"".join(file.read_bytes() for file in [*HEADERS, *SOURCES])
     key = hashlib.sha256(source + repr((compiler, FLAGS)).encode()).hexdigest()[:16]
     target = cache_folder() / "kernels" / f"{key}.so"
     if target.exists():

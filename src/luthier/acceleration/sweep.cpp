@@ -4,19 +4,14 @@
 // registers, go through all columns alone. To a few columns first what earlier changes ask of them is added,
 // eight columns at a time, whose 24 sums stay in registers; then they are settled one after the other.
 
-#include <immintrin.h>
-
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <memory>
 #include <numeric>
 #include <vector>
 
+#include "strips.h"
+
 namespace {
 
-constexpr int64_t LANES = 16, VECTORS = 3, STRIP = LANES * VECTORS;
-constexpr int64_t PANEL = 8;   // columns whose sums are made together
 constexpr int64_t CLOSE = 32;  // columns that are settled one by one: a multiple of PANEL
 
 __mmask16 first(int64_t count) { return count >= LANES ? 0xffff : (1u << count) - 1; }
@@ -93,33 +88,6 @@ struct Panels {
     float* of(int64_t column) const { return &packed[(column - start) / PANEL * length]; }
 };
 
-// Adds to 8 columns of a strip what `count` changes, each (48), ask of them.
-void catch_up(float* columns, const float* changes, const float* panel, int64_t count) {
-    __m512 sum[PANEL][VECTORS];
-    for (int i = 0; i < PANEL * VECTORS; i++) (&sum[0][0])[i] = _mm512_load_ps(columns + i * LANES);
-    for (int64_t j = 0; j < count; j++, changes += STRIP, panel += PANEL) {
-        __m512 change[VECTORS];
-#pragma GCC unroll 3
-        for (int v = 0; v < VECTORS; v++) change[v] = _mm512_load_ps(changes + v * LANES);
-#pragma GCC unroll 8
-        for (int i = 0; i < PANEL; i++) {
-            const __m512 factor = _mm512_set1_ps(panel[i]);
-#pragma GCC unroll 3
-            for (int v = 0; v < VECTORS; v++) sum[i][v] = _mm512_fmadd_ps(factor, change[v], sum[i][v]);
-        }
-    }
-    for (int i = 0; i < PANEL * VECTORS; i++) _mm512_store_ps(columns + i * LANES, (&sum[0][0])[i]);
-}
-
-struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-};
-using Buffer = std::unique_ptr<float[], Free>;
-
-Buffer buffer(int64_t columns) {
-    return Buffer(static_cast<float*>(std::aligned_alloc(64, columns * STRIP * sizeof(float))));
-}
-
 }  // namespace
 
 extern "C" {
@@ -167,7 +135,7 @@ void luthier_catch_up(float* w, const float* changes, const float* unit, int64_t
             for (int64_t k = start; k < stop; k += PANEL) {
                 const int64_t count = std::min(PANEL, stop - k);
                 for (int64_t i = 0; i < count; i++) strip.load(w, k + i, &some[i * STRIP]);
-                catch_up(some.get(), known.get(), panels.of(k), start - first);
+                accumulate<true, PANEL>(some.get(), known.get(), panels.of(k), start - first);
                 for (int64_t i = 0; i < count; i++) strip.store(&some[i * STRIP], w, k + i);
             }
         }
@@ -196,7 +164,8 @@ double luthier_settle(float* w, const float* before, float* changes, const float
                 __m512 squares = _mm512_setzero_ps();
                 for (int64_t k = first; k < last; k++) strip.load(w, k, &close[(k - first) * STRIP]);
                 for (int64_t k = first; k < last && first > start; k += PANEL)
-                    catch_up(&close[(k - first) * STRIP], known.get(), panels.of(k), first - start);
+                    accumulate<true, PANEL>(&close[(k - first) * STRIP], known.get(), panels.of(k),
+                                            first - start);
                 for (int64_t j = first; j < last; j++) {
                     float *column = &close[(j - first) * STRIP], *change = &known[(j - start) * STRIP];
                     for (int64_t v = 0; v < VECTORS; v++) {
